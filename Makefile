@@ -1,0 +1,37 @@
+# make setup   the environment alone        make demo   data, before, training, after
+# make test    lint, types and all tests    make clean  forget the environment
+PYTHON ?= python3.11
+BIN := .venv/bin
+RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test clean
+setup: .venv/ready
+
+.venv/ready: constraints.txt setup.cfg pyproject.toml
+	@echo "== setting up .venv: about 60 packages, a few minutes"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "== building DeepSpeed's C++ extensions: once, about a minute each, kept in the user's cache folder"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m loop.engine
+	@touch $@
+
+demo: setup
+	@echo "== data"
+	$(BIN)/python -m data.sums
+	@echo "== before: the base model on 20 of the 200 held-out numbers"
+	$(BIN)/python -m eval.run --config loop/recipes/tiny.yaml --limit 20
+	@echo "== training: two processes, DeepSpeed ZeRO-3, about two minutes"
+	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --config_file accel_configs/zero3.yaml loop/train.py --run_dir $(RUN)
+	@echo "== after: both models on all 200"
+	$(BIN)/python -m eval.run --run $(RUN)
+
+test: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv

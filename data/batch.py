@@ -1,0 +1,118 @@
+"""Token ids -> micro-batches: which rows each rank computes at each micro-step, and their tensors.
+
+A *window* is what one optimizer step learns from: micro_batch_size x grad_accum_steps x num_processes
+rows, the same rows in the same order whatever the number of processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.chat import Example
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B rows padded on the left to the longest, so that all answers end at the right edge.
+
+    input_ids, attention_mask, position_ids: [B, T]. labels: [B, K], the last K token ids of each row,
+    IGNORE_INDEX where a token belongs to no answer; K is the length of the longest answer.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    rows: list[int]  # row numbers in the data file, for error messages
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        return MicroBatch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.position_ids.to(device),
+            self.labels.to(device),
+            self.rows,
+        )
+
+
+@dataclass(frozen=True)
+class Window:
+    """One rank's share of an optimizer step, and the label tokens of the whole of it."""
+
+    micro_batches: list[MicroBatch]  # grad_accum_steps of them on every rank
+    num_label_tokens: int  # over all micro-batches of all ranks
+    num_tokens: int  # likewise, prompts and answers, without padding
+
+
+def num_windows(num_rows: int, rows_per_window: int) -> int:
+    """Optimizer steps in one epoch; a last window that is not full counts."""
+    return -(-num_rows // rows_per_window)
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(num_rows), its own for every epoch, the same on every rank."""
+    order: list[int] = np.random.default_rng((seed, epoch)).permutation(num_rows).tolist()
+    return order
+
+
+def windows(
+    examples: Sequence[Example],
+    order: Sequence[int],
+    micro_batch_size: int,
+    grad_accum_steps: int,
+    num_processes: int,
+    process_index: int,
+    pad_token_id: int,
+) -> Iterator[Window]:
+    """This rank's windows over `examples` in `order`, every row exactly once over all ranks.
+
+    The last window's leftover rows are dealt out evenly; a cell with none gets a stand-in of weight zero,
+    because under ZeRO every rank has to enter every forward and backward.
+    """
+    cells = grad_accum_steps * num_processes
+    for start in range(0, len(order), micro_batch_size * cells):
+        chosen = [examples[i] for i in order[start : start + micro_batch_size * cells]]
+        bounds = [len(chosen) * cell // cells for cell in range(cells + 1)]
+        micro_batches = []
+        for micro_step in range(grad_accum_steps):
+            cell = micro_step * num_processes + process_index
+            mine = chosen[bounds[cell] : bounds[cell + 1]]
+            micro_batches.append(collate(mine, pad_token_id) if mine else _stand_in(chosen[0], pad_token_id))
+        num_label_tokens = sum(len(example.answer_ids) for example in chosen)
+        num_prompt_tokens = sum(len(example.prompt_ids) for example in chosen)
+        yield Window(micro_batches, num_label_tokens, num_label_tokens + num_prompt_tokens)
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
+    """One MicroBatch of the given rows. Padding is masked out of attention and loss."""
+    batch = len(examples)
+    width = max(len(example.prompt_ids) + len(example.answer_ids) for example in examples)
+    longest_answer = max(len(example.answer_ids) for example in examples)
+    input_ids = np.full((batch, width), pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros((batch, width), dtype=np.int64)
+    labels = np.full((batch, longest_answer), IGNORE_INDEX, dtype=np.int64)
+    for i, example in enumerate(examples):
+        ids = example.prompt_ids + example.answer_ids
+        input_ids[i, width - len(ids) :] = ids
+        attention_mask[i, width - len(ids) :] = 1
+        labels[i, longest_answer - len(example.answer_ids) :] = example.answer_ids
+    position_ids = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)
+    return MicroBatch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(attention_mask),
+        torch.from_numpy(position_ids),
+        torch.from_numpy(labels),
+        [example.row for example in examples],
+    )
+
+
+def _stand_in(example: Example, pad_token_id: int) -> MicroBatch:
+    """A micro-batch whose loss and gradient are exactly zero: one row without a label."""
+    batch = collate([example], pad_token_id)
+    batch.labels.fill_(IGNORE_INDEX)
+    return MicroBatch(batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels, [])

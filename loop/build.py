@@ -1,0 +1,123 @@
+"""Builds what a run consists of: tokenizer, examples, model with LoRA, optimizer and schedule."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from data.chat import Example, encode_rows
+from data.rows import read_rows
+from loop.engine import mixed_precision
+from loop.recipe import Recipe, find_model, find_path
+
+WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenized rows; `validation` is empty where the recipe names no file."""
+
+    train: list[Example]
+    validation: list[Example]
+    pad_token_id: int
+
+
+def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Raises ValueError when there is none to open."""
+    name = find_model(recipe.model.name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model.name_or_path {name}: no tokenizer could be opened: {error}") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Both files read, checked and tokenized; ValueError on anything wrong in them."""
+
+    def load(file: str) -> list[Example]:
+        path = find_path(file)
+        return encode_rows(read_rows(path), path, recipe.data.system_prompt, recipe.data.max_length, tokenizer)
+
+    validation = load(recipe.data.validation_file) if recipe.data.validation_file else []
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Data(load(recipe.data.train_file), validation, int(pad))
+
+
+def build_model(recipe: Recipe, accelerator: Accelerator) -> PeftModel:
+    """The base model, frozen, with fresh LoRA adapters. Every rank enters: at stage 3 rank 0 reads and shares.
+
+    Raises ValueError when the model cannot be opened or a LoRA target names no linear layer in it.
+    """
+    name = find_model(recipe.model.name_or_path)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=WEIGHT_DTYPES[mixed_precision(accelerator)],
+            attn_implementation=recipe.model.attn_implementation,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"model.name_or_path {name}: the model could not be opened: {error}") from error
+    base.config.use_cache = False  # a cache is of no use in training
+    if recipe.gradient_checkpointing != "none":
+        reentrant = recipe.gradient_checkpointing == "reentrant"
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:  # it computes gradients only for segments one of whose inputs wants one
+            base.enable_input_require_grads()
+    missing = [
+        target
+        for target in recipe.lora.target_modules
+        if not any(path.rpartition(".")[2] == target for path, _ in base.named_modules())
+    ]
+    if missing:
+        raise ValueError(f"lora.target_modules: {name} has no layers named {', '.join(missing)}.")
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=recipe.model.name_or_path,
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=recipe.lora.dropout,
+        target_modules=list(recipe.lora.target_modules),
+    )
+    set_seed(recipe.seed)  # here, so that the initial adapters do not depend on how the base was loaded
+    # Under DeepSpeed the adapters have the base's dtype at every stage and the fp32 masters live in the
+    # optimizer. Without DeepSpeed there are no masters, so the adapters themselves are fp32.
+    under_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    model = get_peft_model(base, lora, autocast_adapter_dtype=not under_deepspeed)
+    assert isinstance(model, PeftModel)
+    set_seed(recipe.seed, device_specific=True)  # another dropout mask on every rank
+    return model
+
+
+def build_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.AdamW:
+    optim = recipe.optim
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trainable, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+
+
+def build_lr_scheduler(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear from 0 over ceil(warmup_ratio x total_steps) steps, then half a cosine to 0 at total_steps."""
+    warmup = warmup_steps(recipe, total_steps)
+    scheduler: torch.optim.lr_scheduler.LambdaLR = transformers.get_cosine_schedule_with_warmup(
+        optimizer, warmup, total_steps
+    )
+    return scheduler
+
+
+def warmup_steps(recipe: Recipe, total_steps: int) -> int:
+    return math.ceil(recipe.optim.warmup_ratio * total_steps)
+
+
+def rows_per_step(recipe: Recipe, accelerator: Accelerator) -> int:
+    """The effective batch: micro x accumulation x ranks."""
+    return recipe.micro_batch_size * recipe.grad_accum_steps * int(accelerator.num_processes)

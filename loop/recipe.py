@@ -1,0 +1,190 @@
+"""The recipe: every number that changes the mathematics, as frozen dataclasses.
+
+How many processes, which ZeRO stage, what is offloaded and the precision are not in here: those are
+the accelerate YAML's (accel_configs/).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_RECIPE = ROOT / "loop" / "recipes" / "tiny.yaml"
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    name_or_path: str
+    """Folder of a transformers checkpoint, or a name on the model hub."""
+    attn_implementation: str = "sdpa"
+    """Attention kernel: sdpa, eager, flash_attention_2 …, as transformers calls it."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources you trust."""
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    train_file: str
+    """JSON array or JSONL file of rows with instruction, optional input, output."""
+    validation_file: str | None = None
+    """Rows for val/loss; null for none."""
+    system_prompt: str = ""
+    """System turn in front of every row; empty for none."""
+    max_length: int = 51
+    """Longest row allowed, tokens, prompt + answer + end token. A longer row is an error, never cut."""
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    rank: int = 8
+    """Inner dimension of both LoRA matrices."""
+    alpha: float = 64
+    """LoRA's output is scaled by alpha / rank."""
+    dropout: float = 0.01
+    """Probability of dropping an input of LoRA, 0 <= p < 1."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers that get an adapter."""
+
+
+@dataclass(frozen=True)
+class OptimRecipe:
+    """AdamW and its schedule: linear warm-up, then a cosine to 0 (loop/build.py: lr_factor)."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    warmup_ratio: float = 0.03
+    """Share of all steps spent warming up, 0 <= ratio < 1."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's term against division by zero."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global 2-norm when theirs is larger."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: ModelRecipe
+    data: DataRecipe
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    epochs: int = 1
+    """Passes over the training rows."""
+    micro_batch_size: int = 16
+    """Rows a process computes at once."""
+    grad_accum_steps: int = 1
+    """Micro-batches a process adds up before an optimizer step."""
+    gradient_checkpointing: Literal["none", "non_reentrant", "reentrant"] = "non_reentrant"
+    """Keep only each layer's input and recompute the rest in the backward pass."""
+    seed: int = 42
+    """Seed of row order, LoRA's initial weights and dropout."""
+    log_every: int = 5
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between two validations; 0 for one at the end of each epoch."""
+    save_total_limit: int = 3
+    """Newest checkpoints kept; one is written at the end of each epoch."""
+    run_dir: str | None = None
+    """Run folder, new or empty; by default runs/<recipe>-<time>."""
+    tracker: str | None = "swanlab"
+    """Any tracker accelerate knows, beside metrics.jsonl; null for none."""
+
+
+def recipe_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="loop/train.py",
+        description="LoRA fine-tuning. Without --config: loop/recipes/tiny.yaml.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="Recipe (YAML). Options after it override its values.")
+    parser.add_class_arguments(Recipe, None)
+    return parser
+
+
+def parse_recipe(argv: Sequence[str]) -> tuple[str, Recipe]:
+    """The recipe's name (its file name without .yaml) and the recipe of a command line.
+
+    Raises ValueError on an unknown key, a wrong type or a value out of range.
+    """
+    parser = recipe_parser()
+    if not any(word == "--config" or word.startswith("--config=") for word in argv):
+        argv = ["--config", str(DEFAULT_RECIPE), *argv]
+    try:
+        parsed = parser.parse_args(list(argv))
+    except ArgumentError as error:
+        raise ValueError(f"{error}\nAll keys, with units: python loop/train.py --help") from error
+    name = Path(str(parsed.config[-1])).stem
+    values = parser.instantiate_classes(parsed).as_dict()
+    values.pop("config")
+    recipe = Recipe(**values)
+    problems = recipe_problems(recipe)
+    if problems:
+        raise ValueError("the recipe has values out of range:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return name, recipe
+
+
+def recipe_problems(recipe: Recipe) -> list[str]:
+    """One line for every value out of range: its key, the value, what it has to be."""
+    optim, lora = recipe.optim, recipe.lora
+    rules = [
+        ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
+        ("lora.alpha", lora.alpha, 0 < lora.alpha < math.inf, "above 0"),
+        ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "at least 0 and below 1"),
+        ("lora.target_modules", lora.target_modules, len(lora.target_modules) > 0, "at least one name"),
+        ("optim.lr", optim.lr, 0 < optim.lr < math.inf, "above 0"),
+        ("optim.warmup_ratio", optim.warmup_ratio, 0 <= optim.warmup_ratio < 1, "at least 0 and below 1"),
+        ("optim.weight_decay", optim.weight_decay, 0 <= optim.weight_decay < math.inf, "at least 0"),
+        ("optim.betas", optim.betas, all(0 <= beta < 1 for beta in optim.betas), "both at least 0 and below 1"),
+        ("optim.eps", optim.eps, 0 < optim.eps < math.inf, "above 0"),
+        ("optim.max_grad_norm", optim.max_grad_norm, 0 < optim.max_grad_norm < math.inf, "above 0"),
+        ("data.max_length", recipe.data.max_length, recipe.data.max_length >= 2, "at least 2"),
+        ("epochs", recipe.epochs, recipe.epochs >= 1, "at least 1"),
+        ("micro_batch_size", recipe.micro_batch_size, recipe.micro_batch_size >= 1, "at least 1"),
+        ("grad_accum_steps", recipe.grad_accum_steps, recipe.grad_accum_steps >= 1, "at least 1"),
+        ("seed", recipe.seed, 0 <= recipe.seed < 2**32, "at least 0 and below 2^32"),
+        ("log_every", recipe.log_every, recipe.log_every >= 1, "at least 1"),
+        ("eval_every", recipe.eval_every, recipe.eval_every >= 0, "at least 0"),
+        ("save_total_limit", recipe.save_total_limit, recipe.save_total_limit >= 1, "at least 1"),
+    ]
+    return [f"{key} is {value}, but has to be {rule}" for key, value, ok, rule in rules if not ok]
+
+
+def find_path(path: str) -> Path:
+    """A recipe's relative path: from the current folder, or else from the project's own."""
+    here = Path(path).expanduser()
+    return here if here.exists() or here.is_absolute() else ROOT / path if (ROOT / path).exists() else here
+
+
+def find_model(name_or_path: str) -> str:
+    """A folder with a model if there is one of that name, else the name, for the model hub.
+
+    Raises ValueError for what looks like a folder and is none.
+    """
+    folder = find_path(name_or_path)
+    if folder.is_dir():
+        return str(folder)
+    if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
+        raise ValueError(
+            f"model.name_or_path: there is no folder {name_or_path}. Give a checkpoint's folder or a hub name."
+        )
+    return name_or_path
+
+
+def recipe_as_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain nested values, as a recipe file holds them (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    values: dict[str, Any] = plain(asdict(recipe))
+    return values

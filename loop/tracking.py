@@ -1,0 +1,186 @@
+"""The run folder and what is written while a run goes on: metrics.jsonl, a tracker, a progress bar."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from tqdm import tqdm
+
+from data.batch import Window
+from loop.recipe import Recipe, recipe_as_dict
+from loop.step import StepResult
+
+PACKAGES = ("accelerate", "deepspeed", "peft", "safetensors", "swanlab", "tokenizers", "torch", "transformers")
+
+
+def check_run_folder(recipe: Recipe) -> None:
+    """Raises ValueError when the recipe's run folder holds something; writes nothing."""
+    folder = Path(recipe.run_dir) if recipe.run_dir else None
+    if folder and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"run_dir {folder} is not an empty folder. Name another one or remove it.")
+
+
+def create_run_folder(name: str, recipe: Recipe, accelerator: Accelerator) -> Path:
+    """Makes the run folder with recipe.yaml and versions.json in it; every rank enters.
+
+    Raises ValueError when the folder cannot be made.
+    """
+    run_dir = Path(recipe.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    told: list[Any] = [run_dir, None]
+    if accelerator.is_main_process:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "recipe.yaml").write_text(
+                yaml.safe_dump(recipe_as_dict(recipe), allow_unicode=True, sort_keys=False), encoding="utf-8"
+            )
+            write_json(run_dir / "versions.json", {package: version(package) for package in PACKAGES})
+        except OSError as error:
+            told[1] = f"run_dir {run_dir} cannot be written: {error.strerror}."
+    broadcast_object_list(told)  # collective: the time in the name is rank 0's, and so is a failure
+    if told[1] is not None:
+        raise ValueError(told[1])
+    folder: Path = told[0]
+    return folder
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Indented; infinity, which JSON does not have, becomes null."""
+    value = {key: None if inner == math.inf else inner for key, inner in value.items()}
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+class Interval:
+    """What happened since the last log line: losses stay on the device until one is due."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.nll = torch.zeros((), device=device)  # nats, this rank's
+        self.num_label_tokens = 0  # all ranks'
+        self.num_tokens = 0  # all ranks'
+        self.started = time.monotonic()
+
+    def add(self, window: Window, result: StepResult) -> None:
+        self.nll += result.nll
+        self.num_label_tokens += window.num_label_tokens
+        self.num_tokens += window.num_tokens
+
+    def metrics(self, last: StepResult, accelerator: Accelerator) -> dict[str, float]:
+        """train/loss is the mean over all label tokens since the last log; every rank enters."""
+        nll = accelerator.reduce(self.nll, reduction="sum")  # collective
+        assert isinstance(nll, Tensor)
+        return {
+            "train/loss": nll.item() / self.num_label_tokens,  # device sync
+            "train/lr": last.lr,
+            "train/grad_norm": last.grad_norm,
+            "train/tokens_per_second": self.num_tokens / (time.monotonic() - self.started),
+        }
+
+
+class Tracking:
+    """Writes metrics on rank 0 and nothing on the others.
+
+    metrics.jsonl is the source of truth, flushed at every log. The recipe's tracker gets the same; whatever
+    goes wrong in there is said once and never stops the run.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path, total_steps: int, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.tracker_works = recipe.tracker is not None
+        self.started = time.monotonic()
+        self.file = None
+        self.bar = None
+        if not accelerator.is_main_process:
+            return
+        self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        # In a terminal a bar; in a log file or a pipe one line for each log instead.
+        self.bar = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        if recipe.tracker is not None:
+            self._tolerate(lambda: self._start_tracker(str(recipe.tracker), recipe, run_dir))
+
+    def _start_tracker(self, name: str, recipe: Recipe, run_dir: Path) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+
+        known = filter_trackers([name], str(run_dir))
+        if not known:
+            raise ValueError(f"no tracker {name!r} is installed; accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        init_kwargs: dict[str, Any] = {}
+        if name == "swanlab":
+            init_kwargs = {"name": run_dir.name, "log_dir": str(run_dir / "swanlog")}
+            if "SWANLAB_MODE" not in os.environ:  # online, its default, wants an account and a network
+                init_kwargs["mode"] = "offline"
+        self.accelerator.log_with = known
+        self.accelerator.project_configuration.set_directories(str(run_dir))
+        self.accelerator.init_trackers("plainloop", config=tracker_config(recipe), init_kwargs={name: init_kwargs})
+
+    def _tolerate(self, action: Any) -> None:
+        if not self.tracker_works:
+            return
+        try:
+            action()
+        except (Exception, SystemExit) as error:
+            self.tracker_works = False
+            self.say(f"warning: the tracker stopped and the run goes on without it: {error}")
+
+    def say(self, line: str) -> None:
+        """Prints a line on rank 0, above the progress bar."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def advance(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes and shows the metrics of `step`; once for each step, or SwanLab drops the second."""
+        if self.file is None:
+            return
+        self._show(step, metrics)
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        self._tolerate(lambda: self.accelerator.log(dict(metrics), step=step))
+
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """In a terminal beside the bar, elsewhere as a line."""
+        assert self.bar is not None
+        short = {key.removeprefix("train/"): f"{value:.4g}" for key, value in metrics.items()}
+        if not self.bar.disable:
+            self.bar.set_postfix(short, refresh=False)
+            return
+        total = int(self.bar.total or 0)
+        left = (time.monotonic() - self.started) / step * (total - step)
+        values = "  ".join(f"{key} {value}" for key, value in short.items())
+        print(f"step {step}/{total}  {values}  {left:.0f} s left", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            self.file.close()
+        for tracker in self.accelerator.trackers:
+            self._tolerate(tracker.finish)
+
+
+def tracker_config(recipe: Recipe) -> dict[str, Any]:
+    """What the reference shows of a run: model, data set and the three LoRA numbers, then the rest, flat."""
+    flat: dict[str, Any] = {
+        "model": recipe.model.name_or_path,
+        "dataset": recipe.data.train_file,
+        "lora_rank": recipe.lora.rank,
+        "lora_alpha": recipe.lora.alpha,
+        "lora_dropout": recipe.lora.dropout,
+    }
+    for key, value in recipe_as_dict(recipe).items():
+        inner = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{key}.{name}".rstrip("."): str(v) if isinstance(v, list) else v for name, v in inner.items()}
+    return flat
