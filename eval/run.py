@@ -20,7 +20,7 @@ from eval.check import Verdict, check_answer, number_asked
 from eval.generate import PeakMemory, generate, load_model, load_tokenizer, timed
 from loop.errors import user_errors
 from loop.recipe import ROOT, find_model, find_path, parse_recipe
-from loop.tracking import write_json
+from loop.run_folder import write_json
 
 SAMPLES = 3  # answers shown of each model
 # The reference's own figures: 20 prompts, one at a time, on Qwen2.5-14B-Instruct (memory: 1 MB = 10^6 bytes).

@@ -1,10 +1,5 @@
-"""The Accelerator and its DeepSpeed configuration, from what the launcher and the recipe say.
+"""The Accelerator: one process's view of the launch, with the real DeepSpeed engine on GPUs and on CPUs."""
 
-Every number has one owner: stage, offload and precision come from the accelerate YAML, batch,
-accumulation and clipping from the recipe. Where both name the same number they have to agree.
-"""
-
-import json
 import os
 import sys
 import warnings
@@ -15,8 +10,10 @@ import torch
 import yaml
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch.utils.cpp_extension import get_default_build_root
 
-from loop.recipe import ROOT, Recipe, find_path
+from loop.deepspeed_config import deepspeed_config, keep_grad_norm, size_buckets_for_lora
+from loop.recipe import ROOT, Recipe
 
 NO_LAUNCHER_CONFIG = ROOT / "accel_configs" / "zero3.yaml"
 
@@ -33,6 +30,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if os.environ["ACCELERATE_MIXED_PRECISION"] == "fp8":
         raise ValueError("mixed_precision: fp8 is not supported. Use bf16 in the accelerate YAML.")
+    if use_deepspeed and os.environ.get("RANK", "0") == "0":
+        _announce_builds()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     has_gpu = torch.cuda.is_available()
     accelerator = Accelerator(
@@ -83,87 +82,12 @@ def _act_as_one_launched_process() -> None:
 
 
 def _deepspeed_plugin(recipe: Recipe, num_processes: int) -> DeepSpeedPlugin:
-    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    config = _read_json(find_path(file)) if file != "none" else _config_from_launcher()
-    _fill_from_recipe(config, recipe, num_processes, file)
-    if file == "none":  # these fields are in `config` now; accelerate would take them for a second opinion
-        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    # accelerate reads both from the environment and lets them win over `config`; they agree by now.
     return DeepSpeedPlugin(
-        hf_ds_config=config,
+        hf_ds_config=deepspeed_config(recipe, num_processes),
+        # Both stand in the configuration already, but accelerate would read them from the environment too.
         gradient_accumulation_steps=recipe.grad_accum_steps,
         gradient_clipping=recipe.optim.max_grad_norm,
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"deepspeed_config_file {path} of the accelerate YAML: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
-        raise ValueError(f"deepspeed_config_file {path}: needs an object zero_optimization with the stage.")
-    for block, owner in (("optimizer", "optim in the recipe"), ("scheduler", "optim.warmup_ratio in the recipe")):
-        if block in config:
-            raise ValueError(f"deepspeed_config_file {path}: remove the block {block!r}; {owner} owns it.")
-    return config
-
-
-def _config_from_launcher() -> dict[str, Any]:
-    """The answers of `accelerate config`, as a DeepSpeed configuration."""
-
-    def said(name: str, default: str) -> str:
-        return os.environ.get(f"ACCELERATE_{name}", default)
-
-    zero: dict[str, Any] = {"stage": int(said("DEEPSPEED_ZERO_STAGE", "2"))}
-    for part, lowest_stage in (("OPTIMIZER", 1), ("PARAM", 3)):
-        device = said(f"DEEPSPEED_OFFLOAD_{part}_DEVICE", "none")
-        if device == "none":
-            continue
-        if zero["stage"] < lowest_stage:  # `accelerate config` lets people answer this
-            if os.environ.get("RANK", "0") == "0":
-                print(f"note: ZeRO-{zero['stage']} does not share out each {part.lower()}; offload to {device} ignored")
-            continue
-        if device == "nvme":
-            raise ValueError(
-                f"the accelerate YAML offloads {part.lower()} to nvme, but accelerate 1.15 hands no nvme_path on. "
-                "Say it in a deepspeed_config_file instead."
-            )
-        zero[f"offload_{part.lower()}"] = {"device": device, "pin_memory": torch.cuda.is_available()}
-    if zero["stage"] == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = said("DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false") == "true"
-    if zero["stage"] > 0:
-        zero["reduce_bucket_size"] = "auto"
-    if zero["stage"] == 3:
-        zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
-    config: dict[str, Any] = {"zero_optimization": zero}
-    for key in ("gradient_accumulation_steps", "gradient_clipping"):
-        if (value := said(key.upper(), "auto")) != "auto":
-            config[key] = float(value)
-    return config
-
-
-def _fill_from_recipe(config: dict[str, Any], recipe: Recipe, num_processes: int, file: str) -> None:
-    """Writes the recipe's numbers into `config`; ValueError where it says others."""
-    per_device, accumulation = recipe.micro_batch_size, recipe.grad_accum_steps
-    owned: dict[str, tuple[float, str]] = {
-        "gradient_accumulation_steps": (accumulation, "grad_accum_steps"),
-        "gradient_clipping": (recipe.optim.max_grad_norm, "optim.max_grad_norm"),
-        "train_micro_batch_size_per_gpu": (per_device, "micro_batch_size"),
-        "train_batch_size": (
-            per_device * accumulation * num_processes,
-            "micro_batch_size x grad_accum_steps x number of processes",
-        ),
-    }
-    where = "the accelerate YAML" if file == "none" else f"deepspeed_config_file {file}"
-    for key, (value, name) in owned.items():
-        said = config.get(key, "auto")
-        if said not in ("auto", value):
-            raise ValueError(
-                f"{where} says {key}: {said:g}, but the recipe's {name} is {value:g}. "
-                f"Remove {key} there (the recipe owns it) or make the two equal."
-            )
-        config[key] = value
 
 
 def mixed_precision(accelerator: Accelerator) -> str:
@@ -178,37 +102,20 @@ def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerato
     """accelerator.prepare, with DeepSpeed's "auto" sizes filled for LoRA; every rank enters."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return tuple(accelerator.prepare(model, optimizer))
-    _size_buckets_for_lora(accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"], model)
+    size_buckets_for_lora(accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"], model)
     engine, wrapped = accelerator.prepare(model, optimizer)
-    _keep_grad_norm(engine)
+    keep_grad_norm(engine)
     return engine, wrapped
 
 
-def _size_buckets_for_lora(zero: dict[str, Any], model: torch.nn.Module) -> None:
-    """Replaces each "auto" in `zero`; all sizes in elements.
-
-    accelerate would fill them from the hidden size, for full fine-tuning: at stage 3 it would partition the
-    larger LoRA matrices and fetch less than a matrix ahead. Here every adapter stays whole on every
-    rank, a prefetch holds the largest matrix and one bucket all gradients.
-    """
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    trainable = [size for size, trains in sizes if trains]
-    fitting = {
-        "reduce_bucket_size": sum(trainable),
-        "stage3_prefetch_bucket_size": max(size for size, _ in sizes),
-        "stage3_param_persistence_threshold": max(trainable),
-    }
-    zero.update({key: size for key, size in fitting.items() if zero.get(key) == "auto"})
-
-
-def _keep_grad_norm(engine: Any) -> None:
-    """Stage 0 in fp32 clips without remembering the norm, unlike every other stage; this adds it."""
-    from deepspeed.runtime.utils import clip_grad_norm_
-
-    def clip_and_remember() -> None:
-        engine._global_grad_norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
-
-    engine.clip_fp32_gradients = clip_and_remember
+def _announce_builds() -> None:
+    """Tells the user why nothing happens for a minute when DeepSpeed first meets a CPU."""
+    wanted = [] if torch.cuda.is_available() else ["deepspeed_shm_comm"]
+    if "cpu" in os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"):
+        wanted.append("cpu_adam")
+    for name in wanted:
+        if not list(Path(get_default_build_root()).glob(f"**/{name}/*.so")):
+            print(f"DeepSpeed builds its C++ extension {name} now: about a minute, once for this user", flush=True)
 
 
 def build_extensions() -> None:

@@ -1,63 +1,21 @@
-"""The run folder and what is written while a run goes on: metrics.jsonl, a tracker, a progress bar."""
+"""What is written while a run goes on: metrics.jsonl, a tracker, a progress bar."""
 
 import json
-import math
 import os
 import sys
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
 from data.batch import Window
 from loop.recipe import Recipe, recipe_as_dict
 from loop.step import StepResult
-
-PACKAGES = ("accelerate", "deepspeed", "peft", "safetensors", "swanlab", "tokenizers", "torch", "transformers")
-
-
-def check_run_folder(recipe: Recipe) -> None:
-    """Raises ValueError when the recipe's run folder holds something; writes nothing."""
-    folder = Path(recipe.run_dir) if recipe.run_dir else None
-    if folder and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"run_dir {folder} is not an empty folder. Name another one or remove it.")
-
-
-def create_run_folder(name: str, recipe: Recipe, accelerator: Accelerator) -> Path:
-    """Makes the run folder with recipe.yaml and versions.json in it; every rank enters.
-
-    Raises ValueError when the folder cannot be made.
-    """
-    run_dir = Path(recipe.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    told: list[Any] = [run_dir, None]
-    if accelerator.is_main_process:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "recipe.yaml").write_text(
-                yaml.safe_dump(recipe_as_dict(recipe), allow_unicode=True, sort_keys=False), encoding="utf-8"
-            )
-            write_json(run_dir / "versions.json", {package: version(package) for package in PACKAGES})
-        except OSError as error:
-            told[1] = f"run_dir {run_dir} cannot be written: {error.strerror}."
-    broadcast_object_list(told)  # collective: the time in the name is rank 0's, and so is a failure
-    if told[1] is not None:
-        raise ValueError(told[1])
-    folder: Path = told[0]
-    return folder
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Indented; infinity, which JSON does not have, becomes null."""
-    value = {key: None if inner == math.inf else inner for key, inner in value.items()}
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
 class Interval:

@@ -26,8 +26,9 @@ from loop.engine import build_accelerator, prepare
 from loop.errors import user_errors
 from loop.overview import overview
 from loop.recipe import Recipe, parse_recipe
+from loop.run_folder import check_run_folder, create_run_folder, write_json
 from loop.step import train_step, validate
-from loop.tracking import Interval, Tracking, check_run_folder, create_run_folder, write_json
+from loop.tracking import Interval, Tracking
 
 
 def main(argv: Sequence[str]) -> None:

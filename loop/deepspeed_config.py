@@ -1,0 +1,124 @@
+"""DeepSpeed's configuration: what the launcher says, what the recipe owns, and what LoRA needs.
+
+Every number has one owner: stage, offload and precision come from the accelerate YAML, batch,
+accumulation and clipping from the recipe. Where both name the same number they have to agree.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loop.recipe import Recipe, find_path
+
+
+def deepspeed_config(recipe: Recipe, num_processes: int) -> dict[str, Any]:
+    """The configuration of this launch, but for sizes that depend on the model; those stay "auto".
+
+    Raises ValueError where the accelerate YAML, or the JSON that it names, contradicts the recipe.
+    """
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    config = _config_from_launcher() if file == "none" else _read_json(find_path(file))
+    where = "the accelerate YAML" if file == "none" else f"deepspeed_config_file {file}"
+    _fill_from_recipe(config, recipe, num_processes, where)
+    if file == "none":  # these fields are in `config` now; accelerate would take them for a second opinion
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"deepspeed_config_file {path} of the accelerate YAML: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        raise ValueError(f"deepspeed_config_file {path}: needs an object zero_optimization with the stage.")
+    for block, owner in (("optimizer", "optim in the recipe"), ("scheduler", "optim.warmup_ratio in the recipe")):
+        if block in config:
+            raise ValueError(f"deepspeed_config_file {path}: remove the block {block!r}; {owner} owns it.")
+    return config
+
+
+def _config_from_launcher() -> dict[str, Any]:
+    """The answers of `accelerate config`, as a DeepSpeed configuration."""
+
+    def said(name: str, default: str) -> str:
+        return os.environ.get(f"ACCELERATE_{name}", default)
+
+    zero: dict[str, Any] = {"stage": int(said("DEEPSPEED_ZERO_STAGE", "2"))}
+    for part, lowest_stage in (("OPTIMIZER", 1), ("PARAM", 3)):
+        device = said(f"DEEPSPEED_OFFLOAD_{part}_DEVICE", "none")
+        if device == "none":
+            continue
+        if zero["stage"] < lowest_stage:  # `accelerate config` lets people answer this
+            if os.environ.get("RANK", "0") == "0":
+                print(f"note: ZeRO-{zero['stage']} does not share out each {part.lower()}; offload to {device} ignored")
+            continue
+        if device == "nvme":
+            raise ValueError(
+                f"the accelerate YAML offloads {part.lower()} to nvme, but accelerate 1.15 hands no nvme_path on. "
+                "Say it in a deepspeed_config_file instead."
+            )
+        zero[f"offload_{part.lower()}"] = {"device": device, "pin_memory": torch.cuda.is_available()}
+    if zero["stage"] == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = said("DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false") == "true"
+    if zero["stage"] > 0:
+        zero["reduce_bucket_size"] = "auto"
+    if zero["stage"] == 3:
+        zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
+    config: dict[str, Any] = {"zero_optimization": zero}
+    for key in ("gradient_accumulation_steps", "gradient_clipping"):
+        if (value := said(key.upper(), "auto")) != "auto":
+            config[key] = float(value)
+    return config
+
+
+def _fill_from_recipe(config: dict[str, Any], recipe: Recipe, num_processes: int, where: str) -> None:
+    """Writes the recipe's numbers into `config`; ValueError where it says others."""
+    per_device, accumulation = recipe.micro_batch_size, recipe.grad_accum_steps
+    owned: dict[str, tuple[float, str]] = {
+        "gradient_accumulation_steps": (accumulation, "grad_accum_steps"),
+        "gradient_clipping": (recipe.optim.max_grad_norm, "optim.max_grad_norm"),
+        "train_micro_batch_size_per_gpu": (per_device, "micro_batch_size"),
+        "train_batch_size": (
+            per_device * accumulation * num_processes,
+            "micro_batch_size x grad_accum_steps x number of processes",
+        ),
+    }
+    for key, (value, name) in owned.items():
+        said = config.get(key, "auto")
+        if said not in ("auto", value):
+            raise ValueError(
+                f"{where} says {key}: {said:g}, but the recipe's {name} is {value:g}. "
+                f"Remove {key} there (the recipe owns it) or make the two equal."
+            )
+        config[key] = value
+
+
+def size_buckets_for_lora(zero: dict[str, Any], model: torch.nn.Module) -> None:
+    """Replaces each "auto" in `zero`; all sizes in elements.
+
+    accelerate would fill them from the hidden size, for full fine-tuning: at stage 3 it would partition the
+    larger LoRA matrices and fetch less than a matrix ahead. Here every adapter stays whole on every
+    rank, a prefetch holds the largest matrix and one bucket all gradients.
+    """
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    trainable = [size for size, trains in sizes if trains]
+    fitting = {
+        "reduce_bucket_size": sum(trainable),
+        "stage3_prefetch_bucket_size": max(size for size, _ in sizes),
+        "stage3_param_persistence_threshold": max(trainable),
+    }
+    zero.update({key: size for key, size in fitting.items() if zero.get(key) == "auto"})
+
+
+def keep_grad_norm(engine: Any) -> None:
+    """Stage 0 in fp32 clips without remembering the norm, unlike every other stage; this adds it."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    def clip_and_remember() -> None:
+        engine._global_grad_norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+
+    engine.clip_fp32_gradients = clip_and_remember

@@ -1,0 +1,49 @@
+"""loop/train.py, which at its end also looks whether the frozen base is still what the checkpoint holds.
+
+Every rank gathers all weights (a tiny model's); rank 0 writes base_check.json into the run folder.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors.torch import load_file
+
+import loop.train
+from loop.recipe import parse_recipe
+
+
+def base_differences(model: Any, checkpoint: Path) -> list[str]:
+    """Names of base weights that differ by a bit from the checkpoint's, cast to the model's dtype."""
+    stored = load_file(checkpoint / "model.safetensors")
+    different, seen = [], set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        seen.add(plain)
+        if not torch.equal(parameter.detach().cpu(), stored[plain].to(parameter.dtype)):
+            different.append(plain)
+    return different + sorted(stored.keys() - seen - {"lm_head.weight"})
+
+
+def main() -> None:
+    save = loop.train.save_adapter
+
+    def save_and_check(model: Any, folder: Path, accelerator: Any) -> None:
+        save(model, folder, accelerator)
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            if accelerator.is_main_process:
+                different = base_differences(model, Path(parse_recipe(sys.argv[1:])[1].model.name_or_path))
+                count = sum(not parameter.requires_grad for parameter in model.parameters())
+                (folder.parent / "base_check.json").write_text(json.dumps({"different": different, "compared": count}))
+
+    loop.train.save_adapter = save_and_check
+    loop.train.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()
