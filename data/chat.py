@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from data.errors import UserError
 from data.rows import Row, fail_on_bad_rows
 
 
@@ -37,14 +38,14 @@ def encode_rows(
 ) -> list[Example]:
     """Every row as an Example of at most `max_length` tokens, prompt, answer and end token together.
 
-    Raises ValueError, naming the rows of the file `path`, when a row is longer (nothing is cut off) or
+    Raises UserError, naming the rows of the file `path`, when a row is longer (nothing is cut off) or
     contains one of the tokenizer's control tokens as text (it could forge a turn of the chat), and
     when the tokenizer has no chat template or no end token.
     """
     if tokenizer.chat_template is None:
-        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no chat template. Use an Instruct model.")
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template. Use an Instruct model.")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no end token. Set its eos_token.")
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end token. Set its eos_token.")
     examples, problems = [], []
     for row in rows:
         forged = [token for token in tokenizer.all_special_tokens if token in row.instruction + row.input + row.output]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
+
 SHOWN = 10  # bad rows shown in an error
 
 
@@ -20,17 +22,17 @@ class Row:
 
 
 def fail_on_bad_rows(path: Path, problems: list[str], total: int) -> None:
-    """Raises ValueError with the count of bad rows and the first ten, if there are any."""
+    """Raises UserError with the count of bad rows and the first ten, if there are any."""
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
         more = f"\n  … and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise ValueError(f"{path}: {len(problems)} of {total} rows are bad; correct or remove them:\n{shown}{more}")
+        raise UserError(f"{path}: {len(problems)} of {total} rows are bad; correct or remove them:\n{shown}{more}")
 
 
 def read_rows(path: Path) -> list[Row]:
     """All rows of the file at `path`, in file order.
 
-    Raises ValueError naming file, row and fix when the file cannot be read, holds no rows, or has a row
+    Raises UserError naming file, row and fix when the file cannot be read, holds no rows, or has a row
     that is malformed, misses a field, or has one that is empty or no text.
     """
     rows, problems, total = [], [], 0
@@ -43,7 +45,7 @@ def read_rows(path: Path) -> list[Row]:
             rows.append(Row(number, value["instruction"], value.get("input") or "", value["output"]))
     fail_on_bad_rows(path, problems, total)
     if not rows:
-        raise ValueError(f"{path}: no rows. Give at least one object with the fields instruction and output.")
+        raise UserError(f"{path}: no rows. Give at least one object with the fields instruction and output.")
     return rows
 
 
@@ -52,16 +54,16 @@ def _values(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be read ({error.strerror}). Give the path of a .json or .jsonl file."
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
+        raise UserError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
     if text.lstrip().startswith("["):
         try:
             yield from enumerate(json.loads(text), start=1)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: line {error.lineno} column {error.colno}: {error.msg}. "
                 "The file starts with '[', so it has to be one JSON array."
             ) from error

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from data.errors import UserError
 from data.sums import ANSWER_PREFIX
 
 
@@ -16,10 +17,10 @@ class Verdict:
 
 
 def number_asked(instruction: str) -> int:
-    """The x of an instruction "x="; ValueError for any other text."""
+    """The x of an instruction "x="; UserError for any other text."""
     match = re.fullmatch(r"([0-9]+)=", instruction.strip())
     if match is None:
-        raise ValueError(f"{instruction!r} is no question of the reference task; it has to be an integer and '='.")
+        raise UserError(f"{instruction!r} is no question of the reference task; it has to be an integer and '='.")
     return int(match[1])
 
 

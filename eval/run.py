@@ -15,10 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from data.chat import render_prompt
+from data.errors import UserError, user_errors
 from data.rows import Row, fail_on_bad_rows, read_rows
 from eval.check import Verdict, check_answer, number_asked
 from eval.generate import PeakMemory, generate, load_model, load_tokenizer, timed
-from loop.errors import user_errors
 from loop.recipe import ROOT, find_model, find_path, parse_recipe
 from loop.run_folder import write_json
 
@@ -124,16 +124,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("limit", "batch_size", "max_new_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, but has to be at least 1.")
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but has to be at least 1.")
     return args
 
 
 def questions(args: argparse.Namespace) -> list[Question]:
-    """One for each model to ask; ValueError when the run, the recipe, the model or the rows are not there."""
+    """One for each model to ask; UserError when the run, the recipe, the model or the rows are not there."""
     if args.run:
         for file in ("recipe.yaml", "adapter/adapter_model.safetensors"):
             if not (args.run / file).is_file():
-                raise ValueError(f"--run {args.run}: no {file} in there. Give the folder of a finished training.")
+                raise UserError(f"--run {args.run}: no {file} in there. Give the folder of a finished training.")
     recipe = parse_recipe(["--config", str(args.run / "recipe.yaml" if args.run else args.config)])[1]
     path = find_path(args.data)
     rows = read_rows(path)[: args.limit]
@@ -162,7 +162,7 @@ def questions(args: argparse.Namespace) -> list[Question]:
 def _not_a_question(row: Row) -> str | None:
     try:
         number_asked(row.instruction)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     return None
 

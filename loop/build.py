@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from data.chat import Example, encode_rows
+from data.errors import UserError
 from data.rows import read_rows
 from loop.engine import mixed_precision
 from loop.recipe import Recipe, find_model, find_path
@@ -28,18 +29,18 @@ class Data:
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Raises ValueError when there is none to open."""
+    """Raises UserError when there is none to open."""
     name = find_model(recipe.model.name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.model.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model.name_or_path {name}: no tokenizer could be opened: {error}") from error
+        raise UserError(f"model.name_or_path {name}: no tokenizer could be opened: {error}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
 
 def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Both files read, checked and tokenized; ValueError on anything wrong in them."""
+    """Both files read, checked and tokenized; UserError on anything wrong in them."""
 
     def load(file: str) -> list[Example]:
         path = find_path(file)
@@ -53,7 +54,7 @@ def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
 def build_model(recipe: Recipe, accelerator: Accelerator) -> PeftModel:
     """The base model, frozen, with fresh LoRA adapters. Every rank enters: at stage 3 rank 0 reads and shares.
 
-    Raises ValueError when the model cannot be opened or a LoRA target names no linear layer in it.
+    Raises UserError when the model cannot be opened or a LoRA target names no linear layer in it.
     """
     name = find_model(recipe.model.name_or_path)
     transformers.utils.logging.disable_progress_bar()
@@ -65,7 +66,7 @@ def build_model(recipe: Recipe, accelerator: Accelerator) -> PeftModel:
             trust_remote_code=recipe.model.trust_remote_code,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"model.name_or_path {name}: the model could not be opened: {error}") from error
+        raise UserError(f"model.name_or_path {name}: the model could not be opened: {error}") from error
     base.config.use_cache = False  # a cache is of no use in training
     if recipe.gradient_checkpointing != "none":
         reentrant = recipe.gradient_checkpointing == "reentrant"
@@ -78,7 +79,7 @@ def build_model(recipe: Recipe, accelerator: Accelerator) -> PeftModel:
         if not any(path.rpartition(".")[2] == target for path, _ in base.named_modules())
     ]
     if missing:
-        raise ValueError(f"lora.target_modules: {name} has no layers named {', '.join(missing)}.")
+        raise UserError(f"lora.target_modules: {name} has no layers named {', '.join(missing)}.")
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=recipe.model.name_or_path,

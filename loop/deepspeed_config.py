@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from data.errors import UserError
 from loop.recipe import Recipe, find_path
 
 
 def deepspeed_config(recipe: Recipe, num_processes: int) -> dict[str, Any]:
     """The configuration of this launch, but for sizes that depend on the model; those stay "auto".
 
-    Raises ValueError where the accelerate YAML, or the JSON that it names, contradicts the recipe.
+    Raises UserError where the accelerate YAML, or the JSON that it names, contradicts the recipe.
     """
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     config = _config_from_launcher() if file == "none" else _read_json(find_path(file))
@@ -32,12 +33,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"deepspeed_config_file {path} of the accelerate YAML: {error}") from error
+        raise UserError(f"deepspeed_config_file {path} of the accelerate YAML: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
-        raise ValueError(f"deepspeed_config_file {path}: needs an object zero_optimization with the stage.")
+        raise UserError(f"deepspeed_config_file {path}: needs an object zero_optimization with the stage.")
     for block, owner in (("optimizer", "optim in the recipe"), ("scheduler", "optim.warmup_ratio in the recipe")):
         if block in config:
-            raise ValueError(f"deepspeed_config_file {path}: remove the block {block!r}; {owner} owns it.")
+            raise UserError(f"deepspeed_config_file {path}: remove the block {block!r}; {owner} owns it.")
     return config
 
 
@@ -57,7 +58,7 @@ def _config_from_launcher() -> dict[str, Any]:
                 print(f"note: ZeRO-{zero['stage']} does not share out each {part.lower()}; offload to {device} ignored")
             continue
         if device == "nvme":
-            raise ValueError(
+            raise UserError(
                 f"the accelerate YAML offloads {part.lower()} to nvme, but accelerate 1.15 hands no nvme_path on. "
                 "Say it in a deepspeed_config_file instead."
             )
@@ -76,7 +77,7 @@ def _config_from_launcher() -> dict[str, Any]:
 
 
 def _fill_from_recipe(config: dict[str, Any], recipe: Recipe, num_processes: int, where: str) -> None:
-    """Writes the recipe's numbers into `config`; ValueError where it says others."""
+    """Writes the recipe's numbers into `config`; UserError where it says others."""
     per_device, accumulation = recipe.micro_batch_size, recipe.grad_accum_steps
     owned: dict[str, tuple[float, str]] = {
         "gradient_accumulation_steps": (accumulation, "grad_accum_steps"),
@@ -90,7 +91,7 @@ def _fill_from_recipe(config: dict[str, Any], recipe: Recipe, num_processes: int
     for key, (value, name) in owned.items():
         said = config.get(key, "auto")
         if said not in ("auto", value):
-            raise ValueError(
+            raise UserError(
                 f"{where} says {key}: {said:g}, but the recipe's {name} is {value:g}. "
                 f"Remove {key} there (the recipe owns it) or make the two equal."
             )

@@ -12,6 +12,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch.utils.cpp_extension import get_default_build_root
 
+from data.errors import UserError
 from loop.deepspeed_config import deepspeed_config, keep_grad_norm, size_buckets_for_lora
 from loop.recipe import ROOT, Recipe
 
@@ -21,7 +22,7 @@ NO_LAUNCHER_CONFIG = ROOT / "accel_configs" / "zero3.yaml"
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """The Accelerator of this process; every rank enters. Before any model is loaded: zero.Init needs it.
 
-    Raises ValueError where the launcher's numbers contradict the recipe's, RuntimeError where the
+    Raises UserError where the launcher's numbers contradict the recipe's, RuntimeError where the
     processes that were launched did not find each other.
     """
     _set_up_environment()
@@ -29,16 +30,17 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         _act_as_one_launched_process()
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if os.environ["ACCELERATE_MIXED_PRECISION"] == "fp8":
-        raise ValueError("mixed_precision: fp8 is not supported. Use bf16 in the accelerate YAML.")
+        raise UserError("mixed_precision: fp8 is not supported. Use bf16 in the accelerate YAML.")
     if use_deepspeed and os.environ.get("RANK", "0") == "0":
         _announce_builds()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     has_gpu = torch.cuda.is_available()
+    backend = "gloo" if "LOCAL_RANK" in os.environ and not has_gpu else None
     accelerator = Accelerator(
         # Without a GPU accelerate would start DeepSpeed's processes as so many one-process jobs, unless
         # it is told to use gloo; and it would not start plain DDP at all, unless it is told to use the CPU.
         cpu=not has_gpu and not use_deepspeed,
-        kwargs_handlers=[InitProcessGroupKwargs(backend=None if has_gpu else "gloo")],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
         deepspeed_plugin=_deepspeed_plugin(recipe, launched) if use_deepspeed else None,
         # As a plugin, because the plain argument loses against the launcher's environment variable.
         gradient_accumulation_plugin=GradientAccumulationPlugin(

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from data.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "loop" / "recipes" / "tiny.yaml"
 
@@ -112,7 +114,7 @@ def recipe_parser() -> ArgumentParser:
 def parse_recipe(argv: Sequence[str]) -> tuple[str, Recipe]:
     """The recipe's name (its file name without .yaml) and the recipe of a command line.
 
-    Raises ValueError on an unknown key, a wrong type or a value out of range.
+    Raises UserError on an unknown key, a wrong type or a value out of range.
     """
     parser = recipe_parser()
     if not any(word == "--config" or word.startswith("--config=") for word in argv):
@@ -120,14 +122,14 @@ def parse_recipe(argv: Sequence[str]) -> tuple[str, Recipe]:
     try:
         parsed = parser.parse_args(list(argv))
     except ArgumentError as error:
-        raise ValueError(f"{error}\nAll keys, with units: python loop/train.py --help") from error
+        raise UserError(f"{error}\nAll keys, with units: python loop/train.py --help") from error
     name = Path(str(parsed.config[-1])).stem
-    values = parser.instantiate_classes(parsed).as_dict()
+    values = parser.instantiate(parsed).as_dict()
     values.pop("config")
     recipe = Recipe(**values)
     problems = recipe_problems(recipe)
     if problems:
-        raise ValueError("the recipe has values out of range:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise UserError("the recipe has values out of range:\n" + "\n".join(f"  {problem}" for problem in problems))
     return name, recipe
 
 
@@ -166,13 +168,13 @@ def find_path(path: str) -> Path:
 def find_model(name_or_path: str) -> str:
     """A folder with a model if there is one of that name, else the name, for the model hub.
 
-    Raises ValueError for what looks like a folder and is none.
+    Raises UserError for what looks like a folder and is none.
     """
     folder = find_path(name_or_path)
     if folder.is_dir():
         return str(folder)
     if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
-        raise ValueError(
+        raise UserError(
             f"model.name_or_path: there is no folder {name_or_path}. Give a checkpoint's folder or a hub name."
         )
     return name_or_path

@@ -12,22 +12,23 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from data.errors import UserError
 from loop.recipe import Recipe, recipe_as_dict
 
 PACKAGES = ("accelerate", "deepspeed", "peft", "safetensors", "swanlab", "tokenizers", "torch", "transformers")
 
 
 def check_run_folder(recipe: Recipe) -> None:
-    """Raises ValueError when the recipe's run folder holds something; writes nothing."""
+    """Raises UserError when the recipe's run folder holds something; writes nothing."""
     folder = Path(recipe.run_dir) if recipe.run_dir else None
     if folder and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"run_dir {folder} is not an empty folder. Name another one or remove it.")
+        raise UserError(f"run_dir {folder} is not an empty folder. Name another one or remove it.")
 
 
 def create_run_folder(name: str, recipe: Recipe, accelerator: Accelerator) -> Path:
     """Makes the run folder with recipe.yaml and versions.json in it; every rank enters.
 
-    Raises ValueError when the folder cannot be made.
+    Raises UserError when the folder cannot be made.
     """
     run_dir = Path(recipe.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     told: list[Any] = [run_dir, None]
@@ -42,7 +43,7 @@ def create_run_folder(name: str, recipe: Recipe, accelerator: Accelerator) -> Pa
             told[1] = f"run_dir {run_dir} cannot be written: {error.strerror}."
     broadcast_object_list(told)  # collective: the time in the name is rank 0's, and so is a failure
     if told[1] is not None:
-        raise ValueError(told[1])
+        raise UserError(told[1])
     folder: Path = told[0]
     return folder
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batch import Window
+from data.errors import UserError
 from loop.recipe import Recipe, recipe_as_dict
 from loop.step import StepResult
 
@@ -70,7 +71,7 @@ class Tracking:
 
         known = filter_trackers([name], str(run_dir))
         if not known:
-            raise ValueError(f"no tracker {name!r} is installed; accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}")
+            raise UserError(f"no tracker {name!r} is installed; accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}")
         init_kwargs: dict[str, Any] = {}
         if name == "swanlab":
             init_kwargs = {"name": run_dir.name, "log_dir": str(run_dir / "swanlog")}

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from data.batch import epoch_order, num_windows, windows
+from data.errors import user_errors
 from loop.build import (
     Data,
     build_data,
@@ -23,7 +24,6 @@ from loop.build import (
 )
 from loop.checkpoint import save_adapter, save_checkpoint
 from loop.engine import build_accelerator, prepare
-from loop.errors import user_errors
 from loop.overview import overview
 from loop.recipe import Recipe, parse_recipe
 from loop.run_folder import check_run_folder, create_run_folder, write_json

@@ -7,12 +7,14 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
 from safetensors.torch import load_file
 
 import loop.train
+from loop.checkpoint import save_adapter
 from loop.recipe import parse_recipe
 
 
@@ -31,18 +33,16 @@ def base_differences(model: Any, checkpoint: Path) -> list[str]:
 
 
 def main() -> None:
-    save = loop.train.save_adapter
-
     def save_and_check(model: Any, folder: Path, accelerator: Any) -> None:
-        save(model, folder, accelerator)
+        save_adapter(model, folder, accelerator)
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             if accelerator.is_main_process:
                 different = base_differences(model, Path(parse_recipe(sys.argv[1:])[1].model.name_or_path))
                 count = sum(not parameter.requires_grad for parameter in model.parameters())
                 (folder.parent / "base_check.json").write_text(json.dumps({"different": different, "compared": count}))
 
-    loop.train.save_adapter = save_and_check
-    loop.train.main(sys.argv[1:])
+    with patch("loop.train.save_adapter", save_and_check):
+        loop.train.main(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class UserError(ValueError):
+    """Something a user got wrong. Its text says what, where, and how to mend it."""
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Around the preparation of a run, where a ValueError says what the user got wrong.
-
-    Every rank comes to the same verdict and leaves; rank 0 says why.
-    """
+    """Around a command: every rank comes to the same verdict and leaves; rank 0 says why."""
     try:
         yield
-    except ValueError as error:
+    except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

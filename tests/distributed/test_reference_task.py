@@ -1,0 +1,32 @@
+"""The whole promise: from accuracy 0.0 to at least 0.99 on the 200 held-out numbers, by the tiny recipe as it is."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launching import CONFIGS, launch, start
+
+
+@pytest.mark.parametrize("config", ["zero3", "zero0", "zero3_offload"])
+def test_learns_the_task(config: str, tmp_path: Path) -> None:
+    run = launch(CONFIGS / f"{config}.yaml", folder=tmp_path / "run")
+    assert run.code == 0, run.output
+    judged = start([sys.executable, "-m", "eval.run", "--run", str(run.folder)], run.folder)
+    assert judged.code == 0, judged.output
+    scores = json.loads((run.folder / "eval.json").read_text())
+    keys = {"accuracy", "prefix_rate", "seconds", "tokens_per_second", "peak_load_bytes", "peak_inference_bytes"}
+    assert scores.keys() == {"base", "tuned"}
+    assert scores["base"].keys() == scores["tuned"].keys() == keys
+    assert scores["base"]["accuracy"] == scores["base"]["prefix_rate"] == 0.0
+    assert scores["tuned"]["accuracy"] >= 0.99
+    answers = [json.loads(line) for line in (run.folder / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 400
+    # judged once more, by other means
+    right = 0
+    for line in answers[200:]:
+        left, _, b = line["answer"].removeprefix("王大丫丫的回答是--->").partition(" + ")
+        right += line["answer"].startswith("王大丫丫的回答是--->") and f"{int(left) + int(b)}=" == line["instruction"]
+    assert right / 200 == scores["tuned"]["accuracy"]
+    assert "| accuracy | 0.000 | 1.000 | 0.000 |" in judged.output

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from data.batch import IGNORE_INDEX, Window, collate, epoch_order, num_windows, windows
+from data.chat import Example
+
+
+def make(count: int) -> list[Example]:
+    """Rows of very unequal lengths whose tokens tell which row they belong to."""
+    return [Example(i + 1, [1000 + i] * (2 + i % 5), [2000 + i] * (1 + i % 7)) for i in range(count)]
+
+
+def all_ranks(count: int, micro: int, accum: int, processes: int, order: list[int] | None = None) -> list[list[Window]]:
+    """[rank][window]"""
+    chosen = list(range(count)) if order is None else order
+    return [list(windows(make(count), chosen, micro, accum, processes, rank, 0)) for rank in range(processes)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 33, 64])
+@pytest.mark.parametrize(("micro", "accum", "processes"), [(1, 1, 1), (4, 1, 2), (2, 4, 2), (3, 2, 3), (16, 4, 2)])
+def test_every_row_once_and_every_rank_as_often(count: int, micro: int, accum: int, processes: int) -> None:
+    ranks = all_ranks(count, micro, accum, processes, epoch_order(count, 42, 3))
+    assert {len(share) for share in ranks} == {num_windows(count, micro * accum * processes)}
+    seen: list[int] = []
+    for parts in zip(*ranks, strict=True):
+        rows = [row for window in parts for batch in window.micro_batches for row in batch.rows]
+        seen += rows
+        assert all(len(window.micro_batches) == accum for window in parts)
+        assert all(batch.input_ids.shape[0] <= micro for window in parts for batch in window.micro_batches)
+        labels = sum(int((b.labels != IGNORE_INDEX).sum()) for window in parts for b in window.micro_batches)
+        examples = [make(count)[row - 1] for row in rows]
+        assert {window.num_label_tokens for window in parts} == {labels}
+        assert labels == sum(len(example.answer_ids) for example in examples)
+        assert {window.num_tokens for window in parts} == {
+            sum(len(example.prompt_ids + example.answer_ids) for example in examples)
+        }
+    assert sorted(seen) == list(range(1, count + 1))
+
+
+def test_a_window_holds_the_same_rows_however_many_processes() -> None:
+    def rows(micro: int, accum: int, processes: int) -> list[list[int]]:
+        ranks = all_ranks(33, micro, accum, processes, epoch_order(33, 42, 0))
+        return [sorted(r for w in parts for b in w.micro_batches for r in b.rows) for parts in zip(*ranks, strict=True)]
+
+    assert rows(8, 1, 1) == rows(4, 1, 2) == rows(1, 4, 2) == rows(1, 8, 1)
+
+
+def test_leftover_rows_are_dealt_out_evenly() -> None:
+    ranks = all_ranks(7, 4, 1, 2)
+    assert [len(share[0].micro_batches[0].rows) for share in ranks] == [3, 4]
+
+
+def test_a_stand_in_weighs_nothing() -> None:
+    ranks = all_ranks(1, 2, 2, 2)
+    filled = [batch for share in ranks for batch in share[0].micro_batches if batch.rows]
+    empty = [batch for share in ranks for batch in share[0].micro_batches if not batch.rows]
+    assert (len(filled), len(empty)) == (1, 3)
+    assert all((batch.labels == IGNORE_INDEX).all() and batch.input_ids.numel() > 0 for batch in empty)
+
+
+def test_collate_by_hand() -> None:
+    batch = collate([Example(1, [5, 6], [7, 8]), Example(2, [9], [3])], pad_token_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [0, 0, 9, 3]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    assert batch.labels.tolist() == [[7, 8], [IGNORE_INDEX, 3]]
+    assert batch.rows == [1, 2]
+    assert batch.input_ids.dtype == torch.int64
+
+
+def test_order_is_a_permutation_of_its_own_each_epoch() -> None:
+    orders = [epoch_order(100, 42, epoch) for epoch in range(3)]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    assert epoch_order(100, 42, 1) == orders[1]
+    assert epoch_order(100, 43, 1) != orders[1]

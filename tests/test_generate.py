@@ -1,0 +1,83 @@
+"""Batched greedy against one prompt at a time, and the merged adapter against the unmerged one."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from data.chat import render_prompt
+from data.rows import Row
+from data.sums import SYSTEM_PROMPT
+from eval.generate import PeakMemory, generate, load_model, load_tokenizer
+
+TINY = str(Path(__file__).parents[1] / "data" / "tiny_base")
+WORDS = ("复述:大丫", "7=", "把1253拆成两个数的和", "3加5是多少?", "回答用「好」开头:把9拆成两个数的和", "1999=")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter, large enough to change answers."""
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def one_by_one(model: Any, tokenizer: Any, prompt: str, most: int) -> list[int]:
+    """Greedy by hand: the whole text through the model for every token, no cache, no padding, no `generate`."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answer: list[int] = []
+    with torch.no_grad():
+        while len(answer) < most and tokenizer.eos_token_id not in answer:
+            answer.append(int(model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
+    return answer
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_batched_is_one_by_one(adapter: Path, merge: bool) -> None:
+    tokenizer = load_tokenizer(TINY)
+    model = load_model(TINY, adapter, merge)
+    prompts = [render_prompt(Row(1, words, "", ""), SYSTEM_PROMPT, tokenizer) for words in WORDS]
+    expected = [one_by_one(model, tokenizer, prompt, 40) for prompt in prompts]
+    for batch_size in (1, 4, 100):
+        answers, num_tokens = generate(model, tokenizer, prompts, batch_size, 40)
+        assert answers == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
+        assert num_tokens == sum(map(len, expected))
+
+
+def test_merging_changes_nothing(adapter: Path) -> None:
+    ids = torch.tensor([load_tokenizer(TINY)("复述:大丫")["input_ids"]])
+    with torch.no_grad():
+        base = load_model(TINY)(ids).logits
+        merged = load_model(TINY, adapter, merge=True)(ids).logits
+        unmerged = load_model(TINY, adapter, merge=False)(ids).logits
+    torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
+    assert (merged - base).abs().max() > 0.1
+
+
+def test_progress_and_cut_off() -> None:
+    tokenizer = load_tokenizer(TINY)
+    seen: list[int] = []
+    answers, num_tokens = generate(load_model(TINY), tokenizer, ["复", "述", "大"], 2, 1, seen.append)
+    assert seen == [2, 1]
+    assert num_tokens == len(answers) == 3
+
+
+def test_peak_memory_sees_an_allocation() -> None:
+    memory = PeakMemory()
+    held = memory.now()
+    block = torch.ones(50_000_000)
+    del block
+    assert memory.peak() - held > 150e6
+    memory.reset()
+    assert memory.peak() - held < 100e6
+    assert not math.isnan(memory.now())

@@ -1,0 +1,71 @@
+"""metrics.jsonl is the truth; a tracker may fail in any way without stopping the run."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate import Accelerator
+
+from loop.recipe import parse_recipe
+from loop.tracking import Tracking, tracker_config
+from tests.distributed.launching import DEBUG, start
+
+
+def track(tmp_path: Path, tracker: str) -> Tracking:
+    recipe = parse_recipe(["--tracker", tracker])[1]
+    return Tracking(recipe, tmp_path, 4, Accelerator(cpu=True))
+
+
+def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
+    tracking = track(tmp_path, "null")
+    tracking.log(1, {"train/loss": 2.0})
+    tracking.log(2, {"train/loss": 1.0, "val/loss": 3.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0, "val/loss": 3.0}]
+    tracking.close()
+
+
+def test_a_tracker_that_is_not_there_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracking = track(tmp_path, "no_such_tracker")
+    for step in (1, 2, 3):
+        tracking.log(step, {"train/loss": 1.0})
+    tracking.close()
+    assert capsys.readouterr().out.count("warning: the tracker stopped") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_tracker_that_breaks_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    tracking = track(tmp_path, "null")
+    tracking.tracker_works = True
+    monkeypatch.setattr(tracking.accelerator, "log", lambda *args, **kwargs: 1 / 0)
+    for step in (1, 2, 3):
+        tracking.log(step, {"train/loss": 1.0})
+    tracking.close()
+    assert capsys.readouterr().out.count("division by zero") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_config_shows_what_the_reference_shows() -> None:
+    config = tracker_config(parse_recipe([])[1])
+    assert config["model"] == "data/tiny_base"
+    assert config["dataset"] == "data/math/math_train_1798.json"
+    assert (config["lora_rank"], config["lora_alpha"], config["lora_dropout"]) == (8, 64, 0.01)
+    assert all(isinstance(value, str | int | float | bool | None) for value in config.values())
+
+
+def test_swanlab_runs_offline_without_account_or_terminal(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    home = tmp_path / "home"
+    home.mkdir()
+    command = [sys.executable, "loop/train.py", *DEBUG, "--tracker", "swanlab", "--run_dir", str(folder)]
+    run = start(
+        command, folder, {"HOME": str(home), "TORCH_EXTENSIONS_DIR": str(Path.home() / ".cache/torch_extensions")}
+    )
+    assert run.code == 0, run.output
+    assert "warning: the tracker" not in run.output
+    assert len(run.metrics) == 4
+    config = next((folder / "swanlog").glob("*/files/config.yaml"))
+    assert yaml.safe_load(config.read_text())["lora_rank"]["value"] == 8
