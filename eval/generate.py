@@ -1,6 +1,7 @@
 """Batched greedy generation, in a process without DeepSpeed."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses its old names
 
 Progress = Callable[[int], object]  # called with the number of prompts just answered
 
@@ -52,7 +55,9 @@ def generate(
     prompts: Sequence[str],
     batch_size: int,
     max_new_tokens: int,
-    progress: Progress = lambda answered: None,
+    progress: warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses its old names
+
+Progress = lambda answered: None,
 ) -> tuple[list[str], int]:
     """Greedy answers to rendered `prompts`, in their order, and the number of tokens generated.
 

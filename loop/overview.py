@@ -1,6 +1,7 @@
 """The page printed before the first step: what is about to happen, in numbers."""
 
 import math
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ def device_name(accelerator: Accelerator) -> str:
 
 def overview(recipe: Recipe, data: Data, model: Any, run_dir: Path, total_steps: int, accelerator: Accelerator) -> str:
     """The page's text; every rank enters."""
-    devices = gather_object([f"{accelerator.process_index}: {device_name(accelerator)}"])  # collective
+    devices = gather_object(
+        [f"{accelerator.process_index}: {device_name(accelerator)}, pid {os.getpid()}"]
+    )  # collective
     sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in model.parameters()]
     trainable = sum(size for size, p in sizes if p.requires_grad)
     everything = sum(size for size, _ in sizes)

@@ -8,13 +8,12 @@ from safetensors.torch import load_file
 from tests.distributed.launching import CONFIGS, DEBUG, ROOT, launch
 
 WRITTEN = ROOT / "tests" / "accel_configs"
+ALL_OFFLOADED = "2 DeepSpeed ZeRO-3, optimizer offloaded to cpu, param offloaded to cpu bf16"
 ENGINES = {
     CONFIGS / "reference" / "stage0.yaml": "2 DeepSpeed ZeRO-0 bf16",
     CONFIGS / "reference" / "stage1.yaml": "2 DeepSpeed ZeRO-1 bf16",
     CONFIGS / "reference" / "stage2_offload.yaml": "2 DeepSpeed ZeRO-2, optimizer offloaded to cpu bf16",
-    CONFIGS
-    / "reference"
-    / "stage3_offload.yaml": "2 DeepSpeed ZeRO-3, optimizer offloaded to cpu, param offloaded to cpu bf16",
+    CONFIGS / "reference" / "stage3_offload.yaml": ALL_OFFLOADED,
     WRITTEN / "ddp_gpus.yaml": "2 PyTorch DDP bf16",
     WRITTEN / "deepspeed_json.yaml": "2 DeepSpeed ZeRO-2, optimizer offloaded to cpu bf16",
     WRITTEN / "deepspeed_single.yaml": "1 DeepSpeed ZeRO-2 no",
@@ -22,8 +21,7 @@ ENGINES = {
     WRITTEN / "deepspeed_zero1_clip.yaml": "2 DeepSpeed ZeRO-1 bf16",
     WRITTEN / "deepspeed_zero2_offload_both.yaml": "2 DeepSpeed ZeRO-2, optimizer offloaded to cpu bf16",
     WRITTEN / "deepspeed_zero3_defaults.yaml": "2 DeepSpeed ZeRO-3 bf16",
-    WRITTEN
-    / "deepspeed_zero3_offload_init.yaml": "2 DeepSpeed ZeRO-3, optimizer offloaded to cpu, param offloaded to cpu bf16",
+    WRITTEN / "deepspeed_zero3_offload_init.yaml": ALL_OFFLOADED,
     WRITTEN / "single.yaml": "1 plain PyTorch bf16",
     WRITTEN / "single_cpu.yaml": "1 plain PyTorch no",
 }
