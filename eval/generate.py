@@ -55,9 +55,7 @@ def generate(
     prompts: Sequence[str],
     batch_size: int,
     max_new_tokens: int,
-    progress: warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses its old names
-
-Progress = lambda answered: None,
+    progress: Progress = lambda answered: None,
 ) -> tuple[list[str], int]:
     """Greedy answers to rendered `prompts`, in their order, and the number of tokens generated.
 

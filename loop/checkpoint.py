@@ -17,7 +17,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def gather_adapter(model: PeftModel, accelerator: Accelerator) -> dict[str, Tensor]:
-    """The adapter's tensors on the CPU, under PEFT's names; every rank enters, rank 0 gets them.
+    """The adapter's tensors on the CPU, under the model's names; every rank enters, rank 0 gets them.
 
     Only the adapters are gathered, never the base.
     """
@@ -30,9 +30,7 @@ def gather_adapter(model: PeftModel, accelerator: Accelerator) -> dict[str, Tens
     with gathered:
         if not accelerator.is_main_process:
             return {}
-        whole = {name: parameter.detach().cpu().clone() for name, parameter in trainable.items()}
-    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=whole)
-    return tensors
+        return {name: parameter.detach().cpu().clone() for name, parameter in trainable.items()}
 
 
 def save_adapter(model: PeftModel, folder: Path, accelerator: Accelerator, extra: dict[str, Any] | None = None) -> None:
@@ -57,10 +55,9 @@ def _write(model: PeftModel, tensors: dict[str, Tensor], folder: Path, extra: di
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    # PEFT picks the adapter's tensors out of the state dict by the model's names for them.
-    named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
-    model.save_pretrained(str(beside), state_dict=named, save_embedding_layers=False)
-    check_adapter(beside / "adapter_model.safetensors", tensors)
+    model.save_pretrained(str(beside), state_dict=tensors, save_embedding_layers=False)
+    # A file drops the adapter's name from the tensors' names, because a reader gives it one of its own.
+    check_adapter(beside / "adapter_model.safetensors", get_peft_model_state_dict(model, state_dict=tensors))
     if extra is not None:
         (beside / "trainer_state.json").write_text(json.dumps(extra, indent=2) + "\n")
     beside.rename(folder)

@@ -102,14 +102,14 @@ def size_buckets_for_lora(zero: dict[str, Any], model: torch.nn.Module) -> None:
     """Replaces each "auto" in `zero`; all sizes in elements.
 
     accelerate would fill them from the hidden size, for full fine-tuning: at stage 3 it would partition the
-    larger LoRA matrices and fetch less than a matrix ahead. Here every adapter stays whole on every
-    rank, a prefetch holds the largest matrix and one bucket all gradients.
+    larger LoRA matrices and fetch less than a matrix ahead. Here every adapter stays whole on every rank,
+    a prefetch holds the largest matrix that has an adapter, and one bucket holds all gradients.
     """
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    trainable = [size for size, trains in sizes if trains]
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    trainable = [sizes[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
     fitting = {
         "reduce_bucket_size": sum(trainable),
-        "stage3_prefetch_bucket_size": max(size for size, _ in sizes),
+        "stage3_prefetch_bucket_size": max(size for name, size in sizes.items() if ".base_layer." in name),
         "stage3_param_persistence_threshold": max(trainable),
     }
     zero.update({key: size for key, size in fitting.items() if zero.get(key) == "auto"})

@@ -18,7 +18,8 @@ def test_plain_python_runs_the_same_engine(tmp_path: Path) -> None:
 
 def test_from_any_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    script = f"import os; os.chdir({str(tmp_path)!r}); from loop.train import main; main({[*DEBUG]!r} + ['--run_dir', 'run'])"
+    arguments = [*DEBUG, "--run_dir", "run"]
+    script = f"import os; os.chdir({str(tmp_path)!r}); from loop.train import main; main({arguments!r})"
     run = start([sys.executable, "-c", script], folder)
     assert run.code == 0, run.output
     assert len(run.metrics) == 4
