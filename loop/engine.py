@@ -115,8 +115,9 @@ def _announce_builds() -> None:
     wanted = [] if torch.cuda.is_available() else ["deepspeed_shm_comm"]
     if "cpu" in os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"):
         wanted.append("cpu_adam")
+    built = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
     for name in wanted:
-        if not list(Path(get_default_build_root()).glob(f"**/{name}/*.so")):
+        if not list(built.glob(f"**/{name}/*.so")):
             print(f"DeepSpeed builds its C++ extension {name} now: about a minute, once for this user", flush=True)
 
 

@@ -77,6 +77,7 @@ class Tracking:
             init_kwargs = {"name": run_dir.name, "log_dir": str(run_dir / "swanlog")}
             if "SWANLAB_MODE" not in os.environ:  # online, its default, wants an account and a network
                 init_kwargs["mode"] = "offline"
+            os.environ.setdefault("SWANLAB_INTERACTIVE", "false")  # it would ask for a key and wait for an answer
         self.accelerator.log_with = known
         self.accelerator.project_configuration.set_directories(str(run_dir))
         self.accelerator.init_trackers("plainloop", config=tracker_config(recipe), init_kwargs={name: init_kwargs})

@@ -77,9 +77,10 @@ def fit(
     )
     steps_per_epoch = num_windows(len(data.train), rows_per_step(recipe, accelerator))
     eval_every = recipe.eval_every or steps_per_epoch
-    step, interval = 0, Interval(accelerator.device)
+    step = 0
     model.train()
     for epoch in range(recipe.epochs):
+        interval = Interval(accelerator.device)
         order = epoch_order(len(data.train), recipe.seed, epoch)
         for window in share(data.train, order, grad_accum_steps=recipe.grad_accum_steps):
             result = train_step(window, model, optimizer, lr_scheduler, recipe.optim.max_grad_norm, accelerator)

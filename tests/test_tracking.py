@@ -1,6 +1,10 @@
 """metrics.jsonl is the truth; a tracker may fail in any way without stopping the run."""
 
+import contextlib
 import json
+import os
+import pty
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,10 +12,13 @@ from typing import Any
 import pytest
 import yaml
 from accelerate import Accelerator
+from torch.utils.cpp_extension import get_default_build_root
 
 from loop.recipe import parse_recipe
 from loop.tracking import Tracking, tracker_config
-from tests.distributed.launching import DEBUG, start
+from tests.distributed.launching import DEBUG, ROOT, clean_environment, start
+
+EXTENSIONS = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
 
 
 def track(tmp_path: Path, tracker: str) -> Tracking:
@@ -56,14 +63,32 @@ def test_config_shows_what_the_reference_shows() -> None:
     assert all(isinstance(value, str | int | float | bool | None) for value in config.values())
 
 
+def test_swanlab_never_asks_in_a_terminal(tmp_path: Path) -> None:
+    """Online without an account, with a terminal in front of it: it goes on without SwanLab."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "loop/train.py", *DEBUG, "--tracker", "swanlab", "--run_dir", str(folder)]
+    terminal, run_end = pty.openpty()
+    env = clean_environment() | {"HOME": str(tmp_path), "SWANLAB_MODE": "online", "TORCH_EXTENSIONS_DIR": EXTENSIONS}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdin=run_end, stdout=run_end, stderr=run_end) as process:
+        os.close(run_end)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal is an error
+            while part := os.read(terminal, 65536):
+                shown += part
+                if b"Enter your choice" in shown:
+                    process.kill()
+    os.close(terminal)
+    assert process.returncode == 0, shown.decode()
+    assert shown.count(b"warning: the tracker stopped") == 1
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+
+
 def test_swanlab_runs_offline_without_account_or_terminal(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     home = tmp_path / "home"
     home.mkdir()
     command = [sys.executable, "loop/train.py", *DEBUG, "--tracker", "swanlab", "--run_dir", str(folder)]
-    run = start(
-        command, folder, {"HOME": str(home), "TORCH_EXTENSIONS_DIR": str(Path.home() / ".cache/torch_extensions")}
-    )
+    run = start(command, folder, {"HOME": str(home), "TORCH_EXTENSIONS_DIR": EXTENSIONS})
     assert run.code == 0, run.output
     assert "warning: the tracker" not in run.output
     assert len(run.metrics) == 4
