@@ -2,7 +2,6 @@
 # make test    lint, types and all tests    make clean  forget the environment
 PYTHON ?= python3.11
 BIN := .venv/bin
-RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup demo test clean
@@ -23,9 +22,9 @@ demo: setup
 	@echo "== before: the base model on 20 of the 200 held-out numbers"
 	$(BIN)/python -m eval.run --config loop/recipes/tiny.yaml --limit 20
 	@echo "== training: two processes, DeepSpeed ZeRO-3, about two minutes"
-	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --config_file accel_configs/zero3.yaml loop/train.py --run_dir $(RUN)
+	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --config_file accel_configs/zero3.yaml loop/train.py
 	@echo "== after: both models on all 200"
-	$(BIN)/python -m eval.run --run $(RUN)
+	$(BIN)/python -m eval.run --run "$$(ls -td runs/tiny-* | head -1)"
 
 test: setup
 	$(BIN)/ruff format --check .
