@@ -1,8 +1,10 @@
 # make setup   the environment alone        make demo   data, before, training, after
 # make test    lint, types and all tests    make clean  forget the environment
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+# As a variable it also pins what builds the packages that come as source.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
 .PHONY: setup demo test clean
 setup: .venv/ready
@@ -10,8 +12,8 @@ setup: .venv/ready
 .venv/ready: constraints.txt setup.cfg pyproject.toml
 	@echo "== setting up .venv: about 60 packages, a few minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet torch
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@echo "== building DeepSpeed's C++ extensions: once, about a minute each, kept in the user's cache folder"
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m loop.engine
 	@touch $@

@@ -92,7 +92,7 @@ def _fill_from_recipe(config: dict[str, Any], recipe: Recipe, num_processes: int
         said = config.get(key, "auto")
         if said not in ("auto", value):
             raise UserError(
-                f"{where} says {key}: {said:g}, but the recipe's {name} is {value:g}. "
+                f"{where} says {key}: {said}, but the recipe's {name} is {value:g}. "
                 f"Remove {key} there (the recipe owns it) or make the two equal."
             )
         config[key] = value

@@ -51,7 +51,7 @@ def test_offload(monkeypatch: pytest.MonkeyPatch, stage: str, optimizer: str, pa
 @pytest.mark.parametrize(
     ("said", "both"),
     [
-        ({"GRADIENT_ACCUMULATION_STEPS": "4"}, ("gradient_accumulation_steps: 4", "grad_accum_steps is 1")),
+        ({"GRADIENT_ACCUMULATION_STEPS": "4"}, ("gradient_accumulation_steps: 4.0", "grad_accum_steps is 1")),
         ({"GRADIENT_CLIPPING": "0.3"}, ("gradient_clipping: 0.3", "optim.max_grad_norm is 1")),
     ],
 )
@@ -84,6 +84,7 @@ def test_nvme_needs_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
             "says train_micro_batch_size_per_gpu: 4, but the recipe's micro_batch_size is 16",
         ),
         ('{"zero_optimization": {"stage": 2}, "train_batch_size": 16}', "train_batch_size: 16"),
+        ('{"zero_optimization": {"stage": 2}, "gradient_clipping": "much"}', "gradient_clipping: much"),
     ],
 )
 def test_json_against_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, said: str) -> None:

@@ -16,6 +16,15 @@ def test_plain_python_runs_the_same_engine(tmp_path: Path) -> None:
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_validates_as_often_as_asked(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    often = ["--eval_every", "1", "--log_every", "3", "--run_dir", str(folder)]
+    run = start([sys.executable, "loop/train.py", *DEBUG, *often], folder)
+    assert run.code == 0, run.output
+    assert [line["step"] for line in run.metrics if "val/loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in run.metrics if "train/loss" in line] == [2, 3, 4]  # an epoch's last step too
+
+
 def test_from_any_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = [*DEBUG, "--run_dir", "run"]

@@ -31,7 +31,7 @@ def test_on_one_process(mistake: str, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         MISTAKES["no target"],  # found last, after all ranks have met
-        (["--grad_accum_steps", "1", "--optim.max_grad_norm", "0.5"], "gradient_clipping: 1, but"),
+        (["--grad_accum_steps", "1", "--optim.max_grad_norm", "0.5"], "gradient_clipping: 1.0, but"),
     ],
 )
 def test_on_two_processes(arguments: list[str], said: str, tmp_path: Path) -> None:

@@ -32,13 +32,14 @@ def train(rows: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore
     base = tmp_path_factory.mktemp("runs")
 
     @cache
-    def run(config: str, processes: int, micro: int, accum: int) -> Run:
+    def run(config: str, processes: int, micro: int, accum: int, checkpointing: str = "non_reentrant") -> Run:
         return launch(
             CONFIGS / f"{config}.yaml",
             *("--data.train_file", str(rows), "--data.validation_file", "null"),
             *("--epochs", "1", "--log_every", "1", "--lora.dropout", "0", "--tracker", "null"),
             *("--micro_batch_size", str(micro), "--grad_accum_steps", str(accum)),
-            folder=base / f"{config}-{processes}-{micro}-{accum}",
+            *("--gradient_checkpointing", checkpointing),
+            folder=base / f"{config}-{processes}-{micro}-{accum}-{checkpointing}",
             processes=processes,
             precision="no",
             script=WORKER,
@@ -75,6 +76,17 @@ def test_adapter_is_whole_and_base_untouched(config: str, train) -> None:  # typ
         assert tensor.shape == {"lora_A": (8, d_in), "lora_B": (d_out, 8)}[which]
         assert torch.count_nonzero(tensor) > 0
         assert torch.equal(tuned.get_parameter(name.replace(".weight", ".default.weight")), tensor)
+
+
+@pytest.mark.parametrize(
+    ("config", "checkpointing"),
+    [("zero0", "none"), ("zero3", "none"), ("zero3", "reentrant"), ("zero2_offload", "reentrant")],
+)
+def test_checkpointing_is_the_same_training(config: str, checkpointing: str, train) -> None:  # type: ignore[no-untyped-def]
+    run, reference = train(config, 2, 4, 1, checkpointing), train("zero0", 2, 4, 1)
+    assert run.code == 0, run.output
+    assert run.series("train/loss") == pytest.approx(reference.series("train/loss"), rel=1e-5)
+    assert run.series("train/grad_norm") == pytest.approx(reference.series("train/grad_norm"), rel=1e-4)
 
 
 def cosine_with_warmup(step: int, total: int, peak: float, warmup_ratio: float) -> float:
