@@ -10,7 +10,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 setup: .venv/ready
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
-	@echo "== setting up .venv: about 60 packages, a few minutes"
+	@echo "== setting up .venv: about 80 packages, a few minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

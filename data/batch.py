@@ -5,7 +5,7 @@ rows, the same rows in the same order whatever the number of processes.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,26 +18,19 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B rows padded on the left to the longest, so that all answers end at the right edge.
+    """B rows padded on the right to the longest, T tokens; all tensors [B, T].
 
-    input_ids, attention_mask, position_ids: [B, T]. labels: [B, K], the last K token ids of each row,
-    IGNORE_INDEX where a token belongs to no answer; K is the length of the longest answer.
+    attention_mask is 0 on padding. labels holds the token ids of the answers, each in its token's own
+    place, and IGNORE_INDEX elsewhere.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    position_ids: Tensor
     labels: Tensor
-    rows: list[int]  # row numbers in the data file, for error messages
+    rows: list[int]  # row numbers in the data file; none in a stand-in
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return MicroBatch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.position_ids.to(device),
-            self.labels.to(device),
-            self.rows,
-        )
+        return MicroBatch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.rows)
 
 
 @dataclass(frozen=True)
@@ -90,29 +83,19 @@ def windows(
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
     """One MicroBatch of the given rows. Padding is masked out of attention and loss."""
-    batch = len(examples)
-    width = max(len(example.prompt_ids) + len(example.answer_ids) for example in examples)
-    longest_answer = max(len(example.answer_ids) for example in examples)
-    input_ids = np.full((batch, width), pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros((batch, width), dtype=np.int64)
-    labels = np.full((batch, longest_answer), IGNORE_INDEX, dtype=np.int64)
+    shape = (len(examples), max(len(example.prompt_ids) + len(example.answer_ids) for example in examples))
+    input_ids = torch.full(shape, pad_token_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX)
     for i, example in enumerate(examples):
-        ids = example.prompt_ids + example.answer_ids
-        input_ids[i, width - len(ids) :] = ids
-        attention_mask[i, width - len(ids) :] = 1
-        labels[i, longest_answer - len(example.answer_ids) :] = example.answer_ids
-    position_ids = np.maximum(attention_mask.cumsum(axis=1) - 1, 0)
-    return MicroBatch(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(attention_mask),
-        torch.from_numpy(position_ids),
-        torch.from_numpy(labels),
-        [example.row for example in examples],
-    )
+        start, end = len(example.prompt_ids), len(example.prompt_ids) + len(example.answer_ids)
+        input_ids[i, :end] = torch.tensor(example.prompt_ids + example.answer_ids)
+        attention_mask[i, :end] = 1
+        labels[i, start:end] = torch.tensor(example.answer_ids)
+    return MicroBatch(input_ids, attention_mask, labels, [example.row for example in examples])
 
 
 def _stand_in(example: Example, pad_token_id: int) -> MicroBatch:
     """A micro-batch whose loss and gradient are exactly zero: one row without a label."""
     batch = collate([example], pad_token_id)
-    batch.labels.fill_(IGNORE_INDEX)
-    return MicroBatch(batch.input_ids, batch.attention_mask, batch.position_ids, batch.labels, [])
+    return replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX), rows=[])

@@ -36,9 +36,9 @@ def read_rows(path: Path) -> list[Row]:
     that is malformed, misses a field, or has one that is empty or no text.
     """
     rows, problems, total = [], [], 0
-    for number, value in _values(path):
+    for number, value, problem in _values(path):
         total += 1
-        problem = value if isinstance(value, str) else _problem(value)
+        problem = problem or _problem(value)
         if problem:
             problems.append(f"row {number}: {problem}")
         else:
@@ -49,8 +49,8 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _values(path: Path) -> Iterator[tuple[int, Any]]:
-    """(row number, decoded value) of each row; a row that is no JSON gives a str that says why."""
+def _values(path: Path) -> Iterator[tuple[int, Any, str | None]]:
+    """(row number, decoded value, None) of each row; (row number, None, what is wrong) where it is no JSON."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -60,20 +60,27 @@ def _values(path: Path) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
     if text.lstrip().startswith("["):
-        try:
-            yield from enumerate(json.loads(text), start=1)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}: line {error.lineno} column {error.colno}: {error.msg}. "
-                "The file starts with '[', so it has to be one JSON array."
-            ) from error
+        values, problem = _decode(text, 1)
+        if problem:
+            raise UserError(f"{path}: {problem}. The file starts with '[', so it has to be one JSON array.")
+        yield from ((number, value, None) for number, value in enumerate(values, start=1))
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, f"not JSON ({error.msg} at column {error.colno}); give one object a line"
+            value, problem = _decode(line, number)
+            yield number, value, f"{problem}; give one object a line" if problem else None
+
+
+def _decode(text: str, first_line: int) -> tuple[Any, str | None]:
+    """(value, None), or (None, what is wrong with the JSON)."""
+    try:
+        return json.loads(text), None
+    except json.JSONDecodeError as error:
+        return None, f"not JSON ({error.msg}, line {first_line + error.lineno - 1} column {error.colno})"
+    except RecursionError:
+        return None, "nested too deeply"
+    except ValueError as error:  # a number of thousands of digits
+        return None, f"not JSON that can be read ({error})"
 
 
 def _problem(value: Any) -> str | None:
@@ -87,6 +94,17 @@ def _problem(value: Any) -> str | None:
             return f"the field {field!r} is of type {type(value[field]).__name__}; make it text"
         if not value[field].strip():
             return f"the field {field!r} is empty; fill it or remove the row"
-    if not isinstance(value.get("input") or "", str):
+    if not isinstance(value.get("input", ""), str | None):
         return f"the field 'input' is of type {type(value['input']).__name__}; make it text"
+    for field in ("instruction", "input", "output"):
+        if not _is_text(value.get(field) or ""):
+            return f"the field {field!r} has half of a surrogate pair, which is no character; remove it"
     return None
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

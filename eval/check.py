@@ -24,14 +24,14 @@ def number_asked(instruction: str) -> int:
     return int(match[1])
 
 
-def check_answer(x: int, answer: str, prefix: str = ANSWER_PREFIX) -> Verdict:
+def check_answer(x: int, answer: str) -> Verdict:
     """Judges one answer to "x=". Spaces around the numbers and the sign do not matter; anything else does.
 
     Negative numbers are integers too: the task only asks for any two that sum to x.
     """
-    if not answer.startswith(prefix):
+    if not answer.startswith(ANSWER_PREFIX):
         return Verdict(False, False, "prefix missing")
-    rest = answer[len(prefix) :].strip()
+    rest = answer.removeprefix(ANSWER_PREFIX).strip()
     # [0-9], because \d takes digits of every script and int() reads them all.
     numbers = re.findall(r"[0-9]+", rest)
     match = re.fullmatch(r"(-?[0-9]+)\s*\+\s*(-?[0-9]+)", rest)

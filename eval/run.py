@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.chat import render_prompt
-from data.errors import UserError, user_errors
+from data.errors import UserError, exit_codes
 from data.rows import Row, fail_on_bad_rows, read_rows
 from eval.check import Verdict, check_answer, number_asked
 from eval.generate import PeakMemory, generate, load_model, load_tokenizer, timed
@@ -167,10 +167,10 @@ def _not_a_question(row: Row) -> str | None:
     return None
 
 
+@exit_codes()
 def main(argv: list[str]) -> None:
-    with user_errors():
-        args = parse(argv)
-        to_ask = questions(args)
+    args = parse(argv)
+    to_ask = questions(args)
     scores: dict[str, Score] = {}
     lines = []
     for question in to_ask:

@@ -13,7 +13,15 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.errors import RunError
+
 CHECKPOINTS = "checkpoints"
+
+
+def unwrap(model: torch.nn.Module, accelerator: Accelerator) -> PeftModel:
+    """The PEFT model inside what accelerate, DeepSpeed, DDP and torch.compile have wrapped around it."""
+    inner: PeftModel = accelerator.unwrap_model(model, keep_torch_compile=False)
+    return inner
 
 
 def gather_adapter(model: PeftModel, accelerator: Accelerator) -> dict[str, Tensor]:
@@ -36,19 +44,19 @@ def gather_adapter(model: PeftModel, accelerator: Accelerator) -> dict[str, Tens
 def save_adapter(model: PeftModel, folder: Path, accelerator: Accelerator, extra: dict[str, Any] | None = None) -> None:
     """Writes the adapter to `folder`, which appears only once it is complete; every rank enters.
 
-    `extra` goes beside it as trainer_state.json. Raises OSError on every rank when writing fails and
-    RuntimeError when what is on the disk afterwards is not what was written.
+    `extra` goes beside it as trainer_state.json. Raises RunError on every rank when writing fails or
+    when what is on the disk afterwards is not what was written.
     """
     tensors = gather_adapter(model, accelerator)
-    failure: list[Exception | None] = [None]
+    failure: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
             _write(model, tensors, folder, extra)
-        except (OSError, RuntimeError) as error:
-            failure = [error]
+        except Exception as error:  # safetensors has an exception of its own for a full disk
+            failure = [f"the adapter could not be saved to {folder}: {error}"]
     broadcast_object_list(failure)  # collective: a disk that is full on rank 0 has to stop all
     if failure[0] is not None:
-        raise failure[0]
+        raise RunError(failure[0])
 
 
 def _write(model: PeftModel, tensors: dict[str, Tensor], folder: Path, extra: dict[str, Any] | None) -> None:
@@ -80,5 +88,6 @@ def save_checkpoint(
     folder = run_dir / CHECKPOINTS / f"step-{step:06d}"
     save_adapter(model, folder, accelerator, {"step": step, "epoch": epoch})
     if accelerator.is_main_process:
-        for old in sorted(folder.parent.glob("step-*"))[:-save_total_limit]:
+        by_step = sorted(folder.parent.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        for old in by_step[:-save_total_limit]:
             shutil.rmtree(old)

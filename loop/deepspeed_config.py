@@ -116,10 +116,23 @@ def size_buckets_for_lora(zero: dict[str, Any], model: torch.nn.Module) -> None:
 
 
 def keep_grad_norm(engine: Any) -> None:
-    """Stage 0 in fp32 clips without remembering the norm, unlike every other stage; this adds it."""
+    """Makes stage 0 tell the norm before clipping like every other stage.
+
+    In fp32 it clips without remembering the norm; in fp16 it remembers the one of the scaled gradients.
+    """
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.utils import clip_grad_norm_
 
     def clip_and_remember() -> None:
         engine._global_grad_norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
 
     engine.clip_fp32_gradients = clip_and_remember
+    optimizer = engine.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        unscale_and_clip = optimizer.unscale_and_clip_grads
+
+        def remember_unscaled(scaled_norm: float, *args: Any, **kwargs: Any) -> Any:
+            optimizer._global_grad_norm = scaled_norm / optimizer.loss_scale_config.cur_scale
+            return unscale_and_clip(scaled_norm, *args, **kwargs)
+
+        optimizer.unscale_and_clip_grads = remember_unscaled

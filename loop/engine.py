@@ -26,14 +26,17 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     processes that were launched did not find each other.
     """
     _set_up_environment()
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # `python loop/train.py`, for the debugger
-        _act_as_one_launched_process()
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        if "LOCAL_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun, mpirun: N single jobs
+            raise UserError("started by another launcher. Use accelerate launch --config_file accel_configs/….yaml.")
+        _act_as_one_launched_process()  # `python loop/train.py`, for the debugger
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if os.environ["ACCELERATE_MIXED_PRECISION"] == "fp8":
         raise UserError("mixed_precision: fp8 is not supported. Use bf16 in the accelerate YAML.")
-    if use_deepspeed and os.environ.get("RANK", "0") == "0":
-        _announce_builds()
+    if os.environ["ACCELERATE_MIXED_PRECISION"] == "fp16" and not torch.cuda.is_available():
+        raise UserError("mixed_precision: fp16 needs a GPU. Use bf16 in the accelerate YAML.")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    deepspeed_plugin = _deepspeed_plugin(recipe, launched) if use_deepspeed else None
     has_gpu = torch.cuda.is_available()
     backend = "gloo" if "LOCAL_RANK" in os.environ and not has_gpu else None
     accelerator = Accelerator(
@@ -41,7 +44,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         # it is told to use gloo; and it would not start plain DDP at all, unless it is told to use the CPU.
         cpu=not has_gpu and not use_deepspeed,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
-        deepspeed_plugin=_deepspeed_plugin(recipe, launched) if use_deepspeed else None,
+        deepspeed_plugin=deepspeed_plugin,
         # As a plugin, because the plain argument loses against the launcher's environment variable.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=recipe.grad_accum_steps, sync_with_dataloader=False
@@ -66,7 +69,7 @@ def _set_up_environment() -> None:
 
 
 def _act_as_one_launched_process() -> None:
-    """Sets what `accelerate launch --num_processes 1 --config_file accel_configs/zero3.yaml` sets."""
+    """As `accelerate launch --num_processes 1 --config_file accel_configs/zero3.yaml`, but without a port."""
     launch = yaml.safe_load(NO_LAUNCHER_CONFIG.read_text())
     deepspeed = launch["deepspeed_config"]
     os.environ.update(
@@ -84,8 +87,11 @@ def _act_as_one_launched_process() -> None:
 
 
 def _deepspeed_plugin(recipe: Recipe, num_processes: int) -> DeepSpeedPlugin:
+    config = deepspeed_config(recipe, num_processes)
+    if os.environ.get("RANK", "0") == "0":
+        _announce_builds(config["zero_optimization"])
     return DeepSpeedPlugin(
-        hf_ds_config=deepspeed_config(recipe, num_processes),
+        hf_ds_config=config,
         # Both stand in the configuration already, but accelerate would read them from the environment too.
         gradient_accumulation_steps=recipe.grad_accum_steps,
         gradient_clipping=recipe.optim.max_grad_norm,
@@ -110,10 +116,10 @@ def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerato
     return engine, wrapped
 
 
-def _announce_builds() -> None:
+def _announce_builds(zero: dict[str, Any]) -> None:
     """Tells the user why nothing happens for a minute when DeepSpeed first meets a CPU."""
     wanted = [] if torch.cuda.is_available() else ["deepspeed_shm_comm"]
-    if "cpu" in os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"):
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         wanted.append("cpu_adam")
     built = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
     for name in wanted:

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from data.batch import IGNORE_INDEX, MicroBatch, Window
 
 
 @dataclass(frozen=True)
 class StepResult:
-    nll: Tensor  # scalar, nats, on the device: summed over this rank's label tokens of the window
+    nlls: Tensor  # [grad_accum_steps], nats, on the device: each summed over this rank's label tokens
     grad_norm: float  # global 2-norm before clipping
     lr: float  # learning rate of this update
+    skipped: bool  # DeepSpeed found a gradient that is not finite and left the weights alone
 
 
 def train_step(
@@ -31,7 +32,7 @@ def train_step(
     The loss is the mean over the label tokens of the whole window, so every token weighs the same
     however the rows fall into micro-batches and onto ranks.
     """
-    window_nll = torch.zeros((), device=accelerator.device)
+    nlls = []
     # Both are divided out again: accelerate by the accumulation, DDP and DeepSpeed by the ranks.
     undo_averaging = accelerator.gradient_accumulation_steps * accelerator.num_processes
     for micro_batch in window.micro_batches:
@@ -45,26 +46,25 @@ def train_step(
                 grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
             optimizer.step()  # DeepSpeed: no-op; otherwise no-op before the boundary
             optimizer.zero_grad()  # likewise
-        window_nll += nll.detach()
+        nlls.append(nll.detach())
     lr = float(optimizer.param_groups[0]["lr"])
-    if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflowed
+    skipped = accelerator.optimizer_step_was_skipped
+    if not skipped:
         lr_scheduler.step()  # once an update, whatever the number of ranks
-    return StepResult(window_nll, grad_norm, lr)
+    return StepResult(torch.stack(nlls), grad_norm, lr, skipped)
 
 
 def summed_nll(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
     """Scalar: cross entropy in nats, summed over the label tokens of `micro_batch`; collective under ZeRO-3."""
-    longest_answer = micro_batch.labels.shape[1]  # K
+    is_label = micro_batch.labels != IGNORE_INDEX  # [B, T]
     output = model(
         input_ids=micro_batch.input_ids,
         attention_mask=micro_batch.attention_mask,
-        position_ids=micro_batch.position_ids,
-        # lm_head only where answers stand: all of them end at the right edge. A position predicts the
-        # token after it, so the K labels come from K + 1 positions without the last.
-        logits_to_keep=longest_answer + 1,
+        # lm_head only where a label is predicted: a position predicts the token after it
+        logits_to_keep=pad(is_label[:, 1:], (0, 1)),
     )
-    logits = output.logits[:, :-1].float()  # [B, K, vocab]
-    return cross_entropy(logits.flatten(0, 1), micro_batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    logits = output.logits.float()  # [number of labels, vocab]
+    return cross_entropy(logits, micro_batch.labels[is_label], reduction="sum")
 
 
 @torch.no_grad()

@@ -1,10 +1,15 @@
 """What is written while a run goes on: metrics.jsonl, a tracker, a progress bar."""
 
+import atexit
 import json
+import math
 import os
+import queue
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,7 @@ class Interval:
         self.started = time.monotonic()
 
     def add(self, window: Window, result: StepResult) -> None:
-        self.nll += result.nll
+        self.nll += result.nlls.sum()
         self.num_label_tokens += window.num_label_tokens
         self.num_tokens += window.num_tokens
 
@@ -45,16 +50,57 @@ class Interval:
         }
 
 
+class TrackerThread:
+    """A tracker in a thread of its own: whatever it does, the run neither waits for it nor stops.
+
+    The first exception is said once and ends it. What it hangs in is left behind when the process ends.
+    """
+
+    PATIENCE = 30.0  # seconds, at the end of a run, for a tracker that has worked so far
+
+    def __init__(self, start: Callable[[], None], finish: Callable[[], None], say: Callable[[str], None]) -> None:
+        self.finish, self.say = finish, say
+        self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.started = threading.Event()
+        self.jobs.put(start)
+        self.jobs.put(self.started.set)
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        try:
+            while job := self.jobs.get():
+                job()
+            self.finish()
+        except (Exception, SystemExit) as error:
+            self.say(f"warning: the tracker stopped and the run goes on without it: {error}")
+        finally:
+            self.started.set()
+
+    def close(self) -> None:
+        """Waits until everything is handed over: half a minute at most, half a second where nothing ever was."""
+        self.jobs.put(None)
+        self.thread.join(self.PATIENCE if self.started.is_set() else 0.5)
+        if self.thread.is_alive():
+            self.say("warning: the tracker did not come to an end and is left behind")
+            atexit.register(_leave)  # runs before the tracker's own exit hooks, which would wait for it
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 class Tracking:
     """Writes metrics on rank 0 and nothing on the others.
 
-    metrics.jsonl is the source of truth, flushed at every log. The recipe's tracker gets the same; whatever
-    goes wrong in there is said once and never stops the run.
+    metrics.jsonl is the source of truth, flushed at every log. The recipe's tracker gets the same.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, total_steps: int, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.tracker_works = recipe.tracker is not None
+        self.tracker: TrackerThread | None = None
         self.started = time.monotonic()
         self.file = None
         self.bar = None
@@ -64,7 +110,10 @@ class Tracking:
         # In a terminal a bar; in a log file or a pipe one line for each log instead.
         self.bar = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         if recipe.tracker is not None:
-            self._tolerate(lambda: self._start_tracker(str(recipe.tracker), recipe, run_dir))
+            start = partial(self._start_tracker, recipe.tracker, recipe, run_dir)
+            self.tracker = TrackerThread(start, self._finish_tracker, self.say)
+            if os.environ.get("SWANLAB_MODE", "offline") == "offline":
+                self.tracker.started.wait(TrackerThread.PATIENCE)  # no network in between: let it begin with the run
 
     def _start_tracker(self, name: str, recipe: Recipe, run_dir: Path) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
@@ -82,14 +131,9 @@ class Tracking:
         self.accelerator.project_configuration.set_directories(str(run_dir))
         self.accelerator.init_trackers("plainloop", config=tracker_config(recipe), init_kwargs={name: init_kwargs})
 
-    def _tolerate(self, action: Any) -> None:
-        if not self.tracker_works:
-            return
-        try:
-            action()
-        except (Exception, SystemExit) as error:
-            self.tracker_works = False
-            self.say(f"warning: the tracker stopped and the run goes on without it: {error}")
+    def _finish_tracker(self) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def say(self, line: str) -> None:
         """Prints a line on rank 0, above the progress bar."""
@@ -106,9 +150,11 @@ class Tracking:
         if self.file is None:
             return
         self._show(step, metrics)
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}  # JSON has no inf
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        self._tolerate(lambda: self.accelerator.log(dict(metrics), step=step))
+        if self.tracker is not None:
+            self.tracker.jobs.put(partial(self.accelerator.log, dict(metrics), step=step))
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         """In a terminal beside the bar, elsewhere as a line."""
@@ -123,12 +169,12 @@ class Tracking:
         print(f"step {step}/{total}  {values}  {left:.0f} s left", flush=True)
 
     def close(self) -> None:
+        if self.tracker is not None:
+            self.tracker.close()
         if self.bar is not None:
             self.bar.close()
         if self.file is not None:
             self.file.close()
-        for tracker in self.accelerator.trackers:
-            self._tolerate(tracker.finish)
 
 
 def tracker_config(recipe: Recipe) -> dict[str, Any]:

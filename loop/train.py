@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from data.batch import epoch_order, num_windows, windows
-from data.errors import user_errors
+from data.errors import exit_codes
 from loop.build import (
     Data,
     build_data,
@@ -22,8 +22,9 @@ from loop.build import (
     build_tokenizer,
     rows_per_step,
 )
-from loop.checkpoint import save_adapter, save_checkpoint
+from loop.checkpoint import save_adapter, save_checkpoint, unwrap
 from loop.engine import build_accelerator, prepare
+from loop.finite import check_finite
 from loop.overview import overview
 from loop.recipe import Recipe, parse_recipe
 from loop.run_folder import check_run_folder, create_run_folder, write_json
@@ -31,15 +32,15 @@ from loop.step import train_step, validate
 from loop.tracking import Interval, Tracking
 
 
+@exit_codes()
 def main(argv: Sequence[str]) -> None:
-    with user_errors():
-        name, recipe = parse_recipe(argv)
-        check_run_folder(recipe)
-        tokenizer = build_tokenizer(recipe)
-        data = build_data(recipe, tokenizer)
-        accelerator = build_accelerator(recipe)
-        model = build_model(recipe, accelerator)
-        run_dir = create_run_folder(name, recipe, accelerator)
+    name, recipe = parse_recipe(argv)
+    check_run_folder(recipe)
+    tokenizer = build_tokenizer(recipe)
+    data = build_data(recipe, tokenizer)
+    accelerator = build_accelerator(recipe)
+    model = build_model(recipe, accelerator)
+    run_dir = create_run_folder(name, recipe, accelerator)
 
     optimizer = build_optimizer(recipe, model)
     model, optimizer = prepare(model, optimizer, accelerator)
@@ -51,10 +52,10 @@ def main(argv: Sequence[str]) -> None:
     tracking = Tracking(recipe, run_dir, total_steps, accelerator)
     tracking.say(overview(recipe, data, model, run_dir, total_steps, accelerator))
     fit(recipe, data, model, optimizer, lr_scheduler, run_dir, tracking, accelerator)
-    save_adapter(accelerator.unwrap_model(model), run_dir / "adapter", accelerator)
+    save_adapter(unwrap(model, accelerator), run_dir / "adapter", accelerator)
     tracking.say(f"adapter: {run_dir / 'adapter'}")
-    tracking.close()
     accelerator.state.destroy_process_group()
+    tracking.close()
 
 
 def fit(
@@ -85,18 +86,19 @@ def fit(
         for window in share(data.train, order, grad_accum_steps=recipe.grad_accum_steps):
             result = train_step(window, model, optimizer, lr_scheduler, recipe.optim.max_grad_norm, accelerator)
             step += 1
+            check_finite(step, window, result, accelerator)
             interval.add(window, result)
             metrics: dict[str, float] = {}
             if step % recipe.log_every == 0 or step % steps_per_epoch == 0:
                 metrics = interval.metrics(result, accelerator)
+                interval = Interval(accelerator.device)
             if data.validation and step % eval_every == 0:
                 val_windows = share(data.validation, range(len(data.validation)), grad_accum_steps=1)
                 metrics["val/loss"] = validate(val_windows, model, accelerator)
             tracking.advance(step)
             if metrics:
                 tracking.log(step, metrics)
-                interval = Interval(accelerator.device)
-        save_checkpoint(accelerator.unwrap_model(model), run_dir, step, epoch, recipe.save_total_limit, accelerator)
+        save_checkpoint(unwrap(model, accelerator), run_dir, step, epoch, recipe.save_total_limit, accelerator)
 
 
 if __name__ == "__main__":

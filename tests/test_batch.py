@@ -60,10 +60,9 @@ def test_a_stand_in_weighs_nothing() -> None:
 
 def test_collate_by_hand() -> None:
     batch = collate([Example(1, [5, 6], [7, 8]), Example(2, [9], [3])], pad_token_id=0)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [0, 0, 9, 3]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
-    assert batch.labels.tolist() == [[7, 8], [IGNORE_INDEX, 3]]
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 3, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.labels.tolist() == [[-100, -100, 7, 8], [-100, 3, -100, -100]]
     assert batch.rows == [1, 2]
     assert batch.input_ids.dtype == torch.int64
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from data.errors import RunError
 from loop.checkpoint import check_adapter, save_adapter, save_checkpoint
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny_base")
@@ -40,11 +42,14 @@ def test_only_the_newest_checkpoints_stay(model: PeftModel, tmp_path: Path) -> N
     for step in (5, 10, 100, 15):
         save_checkpoint(model, tmp_path, step, 0, 2, Accelerator(cpu=True))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000015", "step-000100"]
+    for step in (999_999, 1_000_000):
+        save_checkpoint(model, tmp_path, step, 0, 1, Accelerator(cpu=True))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1000000"], "by number, not by text"
 
 
 def test_what_cannot_be_written_is_an_error(model: PeftModel, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(RunError, match=r"could not be saved to .*/file/adapter"):
         save_adapter(model, tmp_path / "file" / "adapter", Accelerator(cpu=True))
 
 
@@ -68,3 +73,15 @@ def test_damage_is_noticed(damage: str, tmp_path: Path) -> None:
     save_file(written, file)
     with pytest.raises(RuntimeError, match=r"adapter\.safetensors"):
         check_adapter(file, expected)
+
+
+def test_a_full_disk_is_one_error(model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors then raises what is neither an OSError nor a RuntimeError."""
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        save_adapter(model, tmp_path / "adapter", Accelerator(cpu=True))
+    assert not (tmp_path / "adapter").exists()

@@ -1,24 +1,31 @@
 """The distributed world has to be the one that was launched."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
 
+from data.errors import UserError
 from loop import engine
 from loop.recipe import parse_recipe
+from tests.distributed.launching import ROOT, start
 
 
 @pytest.mark.parametrize(
-    ("sees", "kind", "fits"),
+    ("deepspeed", "sees", "kind", "fits"),
     [
-        (2, DistributedType.MULTI_CPU, True),
-        (1, DistributedType.NO, False),  # what accelerate makes of DeepSpeed's processes on a CPU, left to itself
-        (2, DistributedType.DEEPSPEED, False),
+        ("false", 2, DistributedType.MULTI_CPU, True),
+        ("true", 2, DistributedType.DEEPSPEED, True),
+        ("false", 1, DistributedType.NO, False),
+        ("false", 2, DistributedType.DEEPSPEED, False),
+        ("true", 1, DistributedType.DEEPSPEED, False),  # what accelerate makes of two on a CPU, left to itself
+        ("true", 2, DistributedType.MULTI_CPU, False),  # and what `use_cpu: true` makes of them
     ],
 )
-def test_world(sees: int, kind: DistributedType, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_world(deepspeed: str, sees: int, kind: DistributedType, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", deepspeed)
     monkeypatch.setenv("WORLD_SIZE", "2")
     world = SimpleNamespace(num_processes=sees, distributed_type=kind)
     monkeypatch.setattr(engine, "Accelerator", lambda **_: world)
@@ -27,3 +34,41 @@ def test_world(sees: int, kind: DistributedType, fits: bool, monkeypatch: pytest
     else:
         with pytest.raises(RuntimeError, match="2 processes were launched"):
             engine.build_accelerator(parse_recipe([])[1])
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "another launcher. Use accelerate launch"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, "another launcher. Use accelerate launch"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8 is not supported"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 needs a GPU"),
+    ],
+)
+def test_launches_that_cannot_work(environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        engine.build_accelerator(parse_recipe([])[1])
+
+
+def test_fp16_norm_is_unscaled() -> None:
+    """DeepSpeed's real stage-0 optimizer for fp16, on gradients (3, 4) scaled by 1024: their norm is 5."""
+    script = """
+import deepspeed, torch
+from types import SimpleNamespace
+from torch._C._distributed_c10d import HashStore
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from loop.deepspeed_config import keep_grad_norm
+torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+deepspeed.init_distributed("gloo", dist_init_required=False)
+parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]).half())
+optimizer = FP16_UnfusedOptimizer(torch.optim.AdamW([parameter]), static_loss_scale=1024.0, clip_grad=1.0)
+keep_grad_norm(SimpleNamespace(optimizer=optimizer))
+parameter.grad = torch.tensor([3.0, 4.0]).half() * 1024
+optimizer.step()
+print("norm", float(optimizer._global_grad_norm))
+"""
+    run = start([sys.executable, "-c", script], ROOT)
+    assert run.output.splitlines()[-1] == "norm 5.0", run.output

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import math
 import os
 import pty
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
 from loop.recipe import parse_recipe
-from loop.tracking import Tracking, tracker_config
+from loop.tracking import TrackerThread, Tracking, tracker_config
 from tests.distributed.launching import DEBUG, ROOT, clean_environment, start
 
 EXTENSIONS = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
@@ -32,6 +33,9 @@ def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
     tracking.log(2, {"train/loss": 1.0, "val/loss": 3.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0, "val/loss": 3.0}]
+    tracking.log(3, {"train/loss": 1.0, "train/grad_norm": math.inf, "val/loss": math.nan})
+    last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+    assert last == '{"step": 3, "train/loss": 1.0, "train/grad_norm": null, "val/loss": null}', "JSON, for any reader"
     tracking.close()
 
 
@@ -44,15 +48,47 @@ def test_a_tracker_that_is_not_there_warns_once(tmp_path: Path, capsys: pytest.C
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_tracker_that_breaks_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_a_tracker_that_breaks_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracking = track(tmp_path, "null")
-    tracking.tracker_works = True
-    monkeypatch.setattr(tracking.accelerator, "log", lambda *args, **kwargs: 1 / 0)
+    tracking.tracker = TrackerThread(lambda: None, lambda: None, tracking.say)
+    tracking.accelerator.log = lambda *args, **kwargs: 1 / 0
     for step in (1, 2, 3):
         tracking.log(step, {"train/loss": 1.0})
     tracking.close()
     assert capsys.readouterr().out.count("division by zero") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_tracker_gets_everything_before_it_is_finished() -> None:
+    got: list[str] = []
+    tracker = TrackerThread(lambda: got.append("start"), lambda: got.append("finish"), print)
+    for number in range(3):
+        tracker.jobs.put(partial(got.append, str(number)))
+    tracker.close()
+    assert got == ["start", "0", "1", "2", "finish"]
+
+
+@pytest.mark.parametrize("where", ["start", "log", "finish"])
+def test_a_tracker_that_hangs_is_left_behind(where: str) -> None:
+    """A whole process, because hanging goes on in the tracker's own hook at the end of it."""
+    script = f"""
+import atexit, threading
+from loop.tracking import TrackerThread
+hang = threading.Event().wait
+atexit.register(hang)
+TrackerThread.PATIENCE = 0.5
+tracker = TrackerThread(*(hang if name == {where!r} else print for name in ("start", "finish")), print)
+tracker.jobs.put(hang if {where!r} == "log" else print)
+tracker.close()
+print("closed")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-3:] == [
+        "warning: the tracker did not come to an end and is left behind",
+        "closed",
+        "",
+    ]
 
 
 def test_config_shows_what_the_reference_shows() -> None:

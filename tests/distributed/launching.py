@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +44,10 @@ def launch(
     precision: str | None = None,
     script: Path = ROOT / "loop" / "train.py",
     env: dict[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Run:
     """`accelerate launch --config_file CONFIG script arguments --run_dir folder`, and its outcome."""
-    options = ["--config_file", str(config), "--main_process_port", "0"]
+    options = ["--config_file", str(config), "--main_process_port", "0", *options]
     options += ["--num_processes", str(processes)] if processes else []
     options += ["--mixed_precision", precision] if precision else []
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options, str(script), *arguments]

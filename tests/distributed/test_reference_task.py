@@ -26,7 +26,7 @@ def test_learns_the_task(config: str, tmp_path: Path) -> None:
     # judged once more, by other means
     right = 0
     for line in answers[200:]:
-        left, _, b = line["answer"].removeprefix("王大丫丫的回答是--->").partition(" + ")
-        right += line["answer"].startswith("王大丫丫的回答是--->") and f"{int(left) + int(b)}=" == line["instruction"]
+        x = int(line["instruction"].removesuffix("="))
+        right += line["answer"] in {f"王大丫丫的回答是--->{a} + {x - a}" for a in range(x + 1)}
     assert right / 200 == scores["tuned"]["accuracy"]
     assert "| accuracy | 0.000 | 1.000 | 0.000 |" in judged.output

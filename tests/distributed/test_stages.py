@@ -19,11 +19,12 @@ TINY = ROOT / "data" / "tiny_base"
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """72 rows of the task, their answers of 5 to 11 tokens and more: nine steps of eight."""
-    lines = (ROOT / "data" / "math" / "math_train_1798.json").read_text().splitlines()[1:73]
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    path.write_text("\n".join(line.rstrip(",") for line in lines))
-    return path
+    """A folder with rows of the task, of unequal answer lengths: 72.jsonl for nine steps of eight, and 9.jsonl."""
+    lines = (ROOT / "data" / "math" / "math_train_1798.json").read_text().splitlines()[1:]
+    folder = tmp_path_factory.mktemp("data")
+    for count in (72, 9):
+        (folder / f"{count}.jsonl").write_text("\n".join(line.rstrip(",") for line in lines[:count]))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -32,14 +33,16 @@ def train(rows: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore
     base = tmp_path_factory.mktemp("runs")
 
     @cache
-    def run(config: str, processes: int, micro: int, accum: int, checkpointing: str = "non_reentrant") -> Run:
+    def run(
+        config: str, processes: int, micro: int, accum: int, checkpointing: str = "non_reentrant", count: int = 72
+    ) -> Run:
         return launch(
             CONFIGS / f"{config}.yaml",
-            *("--data.train_file", str(rows), "--data.validation_file", "null"),
+            *("--data.train_file", str(rows / f"{count}.jsonl"), "--data.validation_file", "null"),
             *("--epochs", "1", "--log_every", "1", "--lora.dropout", "0", "--tracker", "null"),
             *("--micro_batch_size", str(micro), "--grad_accum_steps", str(accum)),
             *("--gradient_checkpointing", checkpointing),
-            folder=base / f"{config}-{processes}-{micro}-{accum}-{checkpointing}",
+            folder=base / f"{config}-{processes}-{micro}-{accum}-{checkpointing}-{count}",
             processes=processes,
             precision="no",
             script=WORKER,
@@ -112,6 +115,16 @@ def test_how_a_batch_is_cut_up_does_not_matter(processes: int, micro: int, accum
     assert run.series("train/loss") == pytest.approx(whole.series("train/loss"), rel=1e-5)
 
 
+@pytest.mark.parametrize("config", ["zero0", "zero2_offload", "zero3"])
+def test_stand_ins_change_nothing(config: str, train) -> None:  # type: ignore[no-untyped-def]
+    """Nine rows in windows of eight, cut up by ones: in the second window seven of eight places have no row."""
+    run, whole = train(config, 2, 1, 4, count=9), train("zero0", 1, 8, 1, count=9)
+    assert run.code == 0, run.output
+    assert len(run.series("train/loss")) == 2
+    for key in ("train/loss", "train/grad_norm"):
+        assert run.series(key) == pytest.approx(whole.series(key), rel=1e-5)
+
+
 def test_first_loss_and_gradient_are_plain_pytorch(rows: Path, train) -> None:  # type: ignore[no-untyped-def]
     """Step 1 of the real run against the base model alone, row by row, labels found in the rendered text."""
     import numpy as np
@@ -120,7 +133,7 @@ def test_first_loss_and_gradient_are_plain_pytorch(rows: Path, train) -> None:  
 
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     order = np.random.default_rng((42, 0)).permutation(72)[:8]
-    texts = [json.loads(line) for line in rows.read_text().splitlines()]
+    texts = [json.loads(line) for line in (rows / "72.jsonl").read_text().splitlines()]
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     base = AutoModelForCausalLM.from_pretrained(TINY)
     set_seed(42)

@@ -1,0 +1,60 @@
+"""One poisoned row stops every rank, under every stage, before anything is kept."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.distributed.launching import CONFIGS, DEBUG, ROOT, launch
+
+STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+DDP = ROOT / "tests" / "accel_configs" / "ddp_gpus.yaml"
+ROWS = 16  # of them number 6 is poisoned
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The tiny model with NaN as the embedding of one character, and rows of which one has it."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "data" / "tiny_base")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_base")
+    model.config.tie_word_embeddings = False  # or every row's logits would be poisoned
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    (token,) = tokenizer("@")["input_ids"]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = torch.nan
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    lines = [f'{{"instruction": "{x}{"@" if x == 6 else ""}=", "output": "1"}}' for x in range(1, ROWS + 1)]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder / "model", folder / "rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [*((CONFIGS / f"{stage}.yaml", "bf16") for stage in STAGES), (CONFIGS / "zero1.yaml", "no"), (DDP, "bf16")]
+    + [(CONFIGS / f"{stage}.yaml", "no") for stage in ("zero0", "zero3")],
+    ids=lambda value: value.stem if isinstance(value, Path) else value,
+)
+def test_stops_every_rank(config: Path, precision: str, poisoned: tuple[Path, Path], tmp_path: Path) -> None:
+    model, rows = poisoned
+    run = launch(
+        config,
+        *DEBUG,
+        *("--model.name_or_path", str(model), "--data.train_file", str(rows), "--data.validation_file", "null"),
+        folder=tmp_path / "run",
+        precision=precision,
+    )
+    # two ranks x two micro-batches of two rows: row 6's place in the order of epoch 0
+    order = (np.random.default_rng((42, 0)).permutation(ROWS) + 1).tolist()
+    step, place = divmod(order.index(6), 8)
+    pair = order[8 * step + place // 2 * 2 :][:2]
+    where = f"rows {pair[0]}, {pair[1]} on rank {place // 2 % 2}"
+    assert run.code != 0
+    assert run.output.count("error: ") == 1, run.output
+    assert f"error: step {step + 1}: the loss is not finite in the micro-batch of {where}." in run.output
+    assert "Traceback" not in run.output.split("error: ")[0]
+    assert [line["step"] for line in run.metrics] == list(range(1, step + 1))
+    assert {path.name for path in run.folder.iterdir()} & {"adapter", "checkpoints"} == set()
