@@ -81,6 +81,11 @@ def windows(
         yield Window(micro_batches, num_label_tokens, num_label_tokens + num_prompt_tokens)
 
 
+def empty_window(example: Example, grad_accum_steps: int, pad_token_id: int) -> Window:
+    """A window without a label: its loss and gradients are exactly zero."""
+    return Window([_stand_in(example, pad_token_id)] * grad_accum_steps, num_label_tokens=1, num_tokens=0)
+
+
 def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
     """One MicroBatch of the given rows. Padding is masked out of attention and loss."""
     shape = (len(examples), max(len(example.prompt_ids) + len(example.answer_ids) for example in examples))

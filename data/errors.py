@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -14,12 +15,28 @@ class RunError(RuntimeError):
     """Something that stopped a run on its way, on all ranks alike. Its text says what, and what to do. Exit code 1."""
 
 
+class Stopped(Exception):
+    """A run was asked to stop by signal `number`, and did. Exit code 128 + number."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(text)
+        self.number = number
+
+
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Around a command: every rank comes to the same verdict and leaves; rank 0 says why."""
     try:
         yield
-    except (UserError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+    except UserError as error:
+        _leave(2, f"error: {error}")
+    except RunError as error:
+        _leave(1, f"error: {error}")
+    except Stopped as stopped:
+        _leave(128 + stopped.number, str(stopped))
+
+
+def _leave(code: int, text: str) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+    sys.exit(code)

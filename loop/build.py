@@ -64,6 +64,7 @@ def build_model(recipe: Recipe, accelerator: Accelerator) -> PeftModel:
             dtype=WEIGHT_DTYPES[mixed_precision(accelerator)],
             attn_implementation=recipe.model.attn_implementation,
             trust_remote_code=recipe.model.trust_remote_code,
+            use_safetensors=True,  # the other format is pickle, which can run code
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"model.name_or_path {name}: the model could not be opened: {error}") from error
@@ -94,7 +95,6 @@ def build_model(recipe: Recipe, accelerator: Accelerator) -> PeftModel:
     under_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     model = get_peft_model(base, lora, autocast_adapter_dtype=not under_deepspeed)
     assert isinstance(model, PeftModel)
-    set_seed(recipe.seed, device_specific=True)  # another dropout mask on every rank
     return model
 
 
@@ -105,13 +105,18 @@ def build_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.AdamW
 
 
 def build_lr_scheduler(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, total_steps: int
+    recipe: Recipe, optimizer: torch.optim.Optimizer, total_steps: int, done: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear from 0 over ceil(warmup_ratio x total_steps) steps, then half a cosine to 0 at total_steps."""
+    """Linear from 0 over ceil(warmup_ratio x total_steps) steps, then half a cosine to 0 at total_steps.
+
+    `done` steps of it are past already.
+    """
     warmup = warmup_steps(recipe, total_steps)
     scheduler: torch.optim.lr_scheduler.LambdaLR = transformers.get_cosine_schedule_with_warmup(
         optimizer, warmup, total_steps
     )
+    for _ in range(done):
+        scheduler.step()
     return scheduler
 
 

@@ -14,6 +14,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from data.errors import UserError
 from loop.deepspeed_config import deepspeed_config, keep_grad_norm, size_buckets_for_lora
+from loop.optimizer_state import set_update_count
 from loop.recipe import ROOT, Recipe
 
 NO_LAUNCHER_CONFIG = ROOT / "accel_configs" / "zero3.yaml"
@@ -113,6 +114,7 @@ def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerato
     size_buckets_for_lora(accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"], model)
     engine, wrapped = accelerator.prepare(model, optimizer)
     keep_grad_norm(engine)
+    set_update_count(wrapped, 0)  # stage 0 in bf16 has taken a step of zeros by now, and would be one ahead for ever
     return engine, wrapped
 
 

@@ -92,10 +92,16 @@ class Recipe:
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 0
     """Steps between two validations; 0 for one at the end of each epoch."""
+    save_every: int = 0
+    """Steps between two checkpoints; 0 for one at the end of each epoch, where there is always one."""
     save_total_limit: int = 3
-    """Newest checkpoints kept; one is written at the end of each epoch."""
+    """Newest checkpoints kept; the one of the lowest val/loss stays too."""
     run_dir: str | None = None
     """Run folder, new or empty; by default runs/<recipe>-<time>."""
+    resume: str | None = None
+    """Go on from a checkpoint: its folder, a run's folder, or auto for the newest of run_dir (or of this recipe)."""
+    rank_timeout: float = 60
+    """Seconds after which a rank that shows no sign of life ends the run."""
     tracker: str | None = "swanlab"
     """Any tracker accelerate knows, beside metrics.jsonl; null for none."""
 
@@ -154,6 +160,8 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         ("seed", recipe.seed, 0 <= recipe.seed < 2**32, "at least 0 and below 2^32"),
         ("log_every", recipe.log_every, recipe.log_every >= 1, "at least 1"),
         ("eval_every", recipe.eval_every, recipe.eval_every >= 0, "at least 0"),
+        ("save_every", recipe.save_every, recipe.save_every >= 0, "at least 0"),
+        ("rank_timeout", recipe.rank_timeout, 5 <= recipe.rank_timeout < math.inf, "at least 5"),
         ("save_total_limit", recipe.save_total_limit, recipe.save_total_limit >= 1, "at least 1"),
     ]
     return [f"{key} is {value}, but has to be {rule}" for key, value, ok, rule in rules if not ok]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -17,6 +18,11 @@ class StepResult:
     grad_norm: float  # global 2-norm before clipping
     lr: float  # learning rate of this update
     skipped: bool  # DeepSpeed found a gradient that is not finite and left the weights alone
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Makes the dropout masks of a step depend on these three alone, so that a resumed run draws the same."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
 
 
 def train_step(

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
 from data.batch import Window
 from data.errors import UserError
+from loop.checkpoint import Checkpoint
 from loop.recipe import Recipe, recipe_as_dict
 from loop.step import StepResult
 
@@ -27,11 +29,27 @@ from loop.step import StepResult
 class Interval:
     """What happened since the last log line: losses stay on the device until one is due."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.nll = torch.zeros((), device=device)  # nats, this rank's
-        self.num_label_tokens = 0  # all ranks'
-        self.num_tokens = 0  # all ranks'
+    def __init__(self, device: torch.device, nll: float = 0.0, num_label_tokens: int = 0) -> None:
+        self.nll = torch.tensor(nll, device=device)  # nats, this rank's
+        self.num_label_tokens = num_label_tokens  # all ranks'
+        self.num_tokens = 0  # all ranks', since `started`
         self.started = time.monotonic()
+
+    @classmethod
+    def restore(cls, checkpoint: Checkpoint | None, accelerator: Accelerator) -> "Interval":
+        """As `checkpoint` left it. With another number of ranks rank 0 takes all the losses."""
+        state = checkpoint.state["interval"] if checkpoint else None
+        if state is None:
+            return cls(accelerator.device)
+        nlls: list[float] = state["nlls"]
+        if len(nlls) != accelerator.num_processes:
+            nlls = [sum(nlls)] + [0.0] * (accelerator.num_processes - 1)
+        return cls(accelerator.device, nlls[accelerator.process_index], state["num_label_tokens"])
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; every rank enters."""
+        nlls: list[float] = gather_object([self.nll.item()])  # collective
+        return {"nlls": nlls, "num_label_tokens": self.num_label_tokens}
 
     def add(self, window: Window, result: StepResult) -> None:
         self.nll += result.nlls.sum()
@@ -98,8 +116,11 @@ class Tracking:
     metrics.jsonl is the source of truth, flushed at every log. The recipe's tracker gets the same.
     """
 
-    def __init__(self, recipe: Recipe, run_dir: Path, total_steps: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self, recipe: Recipe, run_dir: Path, first_step: int, total_steps: int, accelerator: Accelerator
+    ) -> None:
         self.accelerator = accelerator
+        self.first_step = first_step
         self.tracker: TrackerThread | None = None
         self.started = time.monotonic()
         self.file = None
@@ -108,7 +129,9 @@ class Tracking:
             return
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         # In a terminal a bar; in a log file or a pipe one line for each log instead.
-        self.bar = tqdm(total=total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
         if recipe.tracker is not None:
             start = partial(self._start_tracker, recipe.tracker, recipe, run_dir)
             self.tracker = TrackerThread(start, self._finish_tracker, self.say)
@@ -164,7 +187,7 @@ class Tracking:
             self.bar.set_postfix(short, refresh=False)
             return
         total = int(self.bar.total or 0)
-        left = (time.monotonic() - self.started) / step * (total - step)
+        left = (time.monotonic() - self.started) / max(step - self.first_step, 1) * (total - step)
         values = "  ".join(f"{key} {value}" for key, value in short.items())
         print(f"step {step}/{total}  {values}  {left:.0f} s left", flush=True)
 

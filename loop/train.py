@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from data.batch import epoch_order, num_windows, windows
-from data.errors import exit_codes
+from data.batch import empty_window, epoch_order, num_windows, windows
+from data.errors import Stopped, exit_codes
 from loop.build import (
     Data,
     build_data,
@@ -22,37 +22,46 @@ from loop.build import (
     build_tokenizer,
     rows_per_step,
 )
-from loop.checkpoint import save_adapter, save_checkpoint, unwrap
+from loop.checkpoint import Checkpoint, restore_adapter, save_adapter, save_checkpoint, unwrap
 from loop.engine import build_accelerator, prepare
 from loop.finite import check_finite
 from loop.overview import overview
 from loop.recipe import Recipe, parse_recipe
+from loop.resume import check_resumable, find_checkpoint, fingerprint, resume_optimizer
 from loop.run_folder import check_run_folder, create_run_folder, write_json
-from loop.step import train_step, validate
+from loop.signals import StopSignals
+from loop.step import seed_dropout, train_step, validate
 from loop.tracking import Interval, Tracking
+from loop.watch import Watch
 
 
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
     name, recipe = parse_recipe(argv)
-    check_run_folder(recipe)
+    checkpoint = find_checkpoint(name, recipe)  # what --resume means; None: a new run
+    check_run_folder(recipe, checkpoint)
     tokenizer = build_tokenizer(recipe)
     data = build_data(recipe, tokenizer)
     accelerator = build_accelerator(recipe)
+    check_resumable(checkpoint, recipe, accelerator)
     model = build_model(recipe, accelerator)
-    run_dir = create_run_folder(name, recipe, accelerator)
+    restore_adapter(checkpoint, model, accelerator)
+    run_dir = create_run_folder(name, recipe, checkpoint, accelerator)
 
     optimizer = build_optimizer(recipe, model)
     model, optimizer = prepare(model, optimizer, accelerator)
+    nothing = empty_window(data.train[0], recipe.grad_accum_steps, data.pad_token_id)
+    resume_optimizer(checkpoint, model, optimizer, nothing, accelerator)
     total_steps = recipe.epochs * num_windows(len(data.train), rows_per_step(recipe, accelerator))
-    lr_scheduler = build_lr_scheduler(recipe, optimizer, total_steps)
+    lr_scheduler = build_lr_scheduler(recipe, optimizer, total_steps, done=checkpoint.updates if checkpoint else 0)
 
     if accelerator.is_main_process:
         write_json(run_dir / "deepspeed_config.json", getattr(accelerator, "deepspeed_config", {}))
-    tracking = Tracking(recipe, run_dir, total_steps, accelerator)
+    tracking = Tracking(recipe, run_dir, checkpoint.step if checkpoint else 0, total_steps, accelerator)
     tracking.say(overview(recipe, data, model, run_dir, total_steps, accelerator))
-    fit(recipe, data, model, optimizer, lr_scheduler, run_dir, tracking, accelerator)
-    save_adapter(unwrap(model, accelerator), run_dir / "adapter", accelerator)
+    with Watch(recipe.rank_timeout, accelerator) as watch, StopSignals(accelerator) as signals:
+        fit(recipe, data, model, optimizer, lr_scheduler, checkpoint, run_dir, tracking, watch, signals, accelerator)
+        save_adapter(unwrap(model, accelerator), run_dir / "adapter", accelerator)
     tracking.say(f"adapter: {run_dir / 'adapter'}")
     accelerator.state.destroy_process_group()
     tracking.close()
@@ -64,11 +73,17 @@ def fit(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    checkpoint: Checkpoint | None,
     run_dir: Path,
     tracking: Tracking,
+    watch: Watch,
+    signals: StopSignals,
     accelerator: Accelerator,
 ) -> None:
-    """Trains all epochs; every rank enters. Logs, validates and saves as often as the recipe says."""
+    """Trains all epochs, or what is left after `checkpoint`; every rank enters.
+
+    Logs, validates and saves as often as the recipe says. Raises Stopped after a signal, a checkpoint later.
+    """
     share = partial(  # of this rank
         windows,
         micro_batch_size=recipe.micro_batch_size,
@@ -76,29 +91,49 @@ def fit(
         process_index=accelerator.process_index,
         pad_token_id=data.pad_token_id,
     )
-    steps_per_epoch = num_windows(len(data.train), rows_per_step(recipe, accelerator))
+    rows = rows_per_step(recipe, accelerator)
+    steps_per_epoch = num_windows(len(data.train), rows)
     eval_every = recipe.eval_every or steps_per_epoch
-    step = 0
+    save_every = recipe.save_every or steps_per_epoch
+    step, updates = (checkpoint.step, checkpoint.updates) if checkpoint else (0, 0)
+    interval = Interval.restore(checkpoint, accelerator)
+    run = fingerprint(recipe, accelerator)
     model.train()
-    for epoch in range(recipe.epochs):
-        interval = Interval(accelerator.device)
-        order = epoch_order(len(data.train), recipe.seed, epoch)
+    for epoch in range(step // steps_per_epoch, recipe.epochs):
+        order = epoch_order(len(data.train), recipe.seed, epoch)[step % steps_per_epoch * rows :]
         for window in share(data.train, order, grad_accum_steps=recipe.grad_accum_steps):
+            seed_dropout(recipe.seed, step, accelerator.process_index)
             result = train_step(window, model, optimizer, lr_scheduler, recipe.optim.max_grad_norm, accelerator)
-            step += 1
+            step = watch.step = step + 1
             check_finite(step, window, result, accelerator)
+            updates += not result.skipped
             interval.add(window, result)
-            metrics: dict[str, float] = {}
-            if step % recipe.log_every == 0 or step % steps_per_epoch == 0:
-                metrics = interval.metrics(result, accelerator)
-                interval = Interval(accelerator.device)
+            epoch_ends = step % steps_per_epoch == 0
+            logs = step % recipe.log_every == 0 or epoch_ends
+            metrics = interval.metrics(result, accelerator) if logs else {}
             if data.validation and step % eval_every == 0:
                 val_windows = share(data.validation, range(len(data.validation)), grad_accum_steps=1)
                 metrics["val/loss"] = validate(val_windows, model, accelerator)
             tracking.advance(step)
             if metrics:
                 tracking.log(step, metrics)
-        save_checkpoint(unwrap(model, accelerator), run_dir, step, epoch, recipe.save_total_limit, accelerator)
+            stop = signals.agreed()
+            if step % save_every == 0 or epoch_ends or stop:
+                state = {
+                    "step": step,
+                    "updates": updates,
+                    "interval": None if logs else interval.state(),
+                    "val_loss": metrics.get("val/loss"),
+                    "run": run,
+                }
+                inner = unwrap(model, accelerator)
+                folder = save_checkpoint(
+                    inner, optimizer, run_dir, state, recipe.save_total_limit, checkpoint, accelerator
+                )
+                if stop:
+                    raise Stopped(stop, f"stopped after step {step} as asked; go on with --resume {folder}")
+            if logs:
+                interval = Interval(accelerator.device)
 
 
 if __name__ == "__main__":

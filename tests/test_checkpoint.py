@@ -1,5 +1,9 @@
 """An adapter file is believed only after it was read back."""
 
+import os
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from data.errors import RunError
-from loop.checkpoint import check_adapter, save_adapter, save_checkpoint
+from data.errors import RunError, UserError
+from loop.checkpoint import check_adapter, load_checkpoint, save_adapter, save_checkpoint
+from loop.recipe import parse_recipe
+from loop.resume import find_checkpoint
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny_base")
 
@@ -38,18 +44,139 @@ def test_saved_adapter_is_the_models(model: PeftModel, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"], "nothing is left beside it"
 
 
+def save(model: PeftModel, run_dir: Path, step: int, limit: int = 9, val_loss: float | None = None) -> Path:
+    """A checkpoint after one real update of `model`."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    optimizer.step()
+    state = {"step": step, "updates": step, "val_loss": val_loss}
+    return save_checkpoint(model, optimizer, run_dir, state, limit, None, Accelerator(cpu=True))
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
 def test_only_the_newest_checkpoints_stay(model: PeftModel, tmp_path: Path) -> None:
     for step in (5, 10, 100, 15):
-        save_checkpoint(model, tmp_path, step, 0, 2, Accelerator(cpu=True))
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000015", "step-000100"]
+        save(model, tmp_path, step, 2)
+    assert names(tmp_path) == ["step-000015", "step-000100"]
     for step in (999_999, 1_000_000):
-        save_checkpoint(model, tmp_path, step, 0, 1, Accelerator(cpu=True))
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1000000"], "by number, not by text"
+        save(model, tmp_path, step, 1)
+    assert names(tmp_path) == ["step-1000000"], "by number, not by text"
+
+
+def test_the_best_and_the_one_resumed_from_stay(model: PeftModel, tmp_path: Path) -> None:
+    save(model, tmp_path, 1, 1, val_loss=3.0)
+    save(model, tmp_path, 2, 1, val_loss=1.0)
+    save(model, tmp_path, 3, 1)
+    save(model, tmp_path, 4, 1, val_loss=2.0)
+    assert names(tmp_path) == ["step-000002", "step-000004"]
+    resumed = load_checkpoint(tmp_path / "checkpoints" / "step-000004")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for p in optimizer.param_groups[0]["params"]:
+        optimizer.state[p] = {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    for step in (5, 6):
+        state = {"step": step, "updates": step, "val_loss": 5.0}
+        save_checkpoint(model, optimizer, tmp_path, state, 1, resumed, Accelerator(cpu=True))
+    assert names(tmp_path) == ["step-000002", "step-000004", "step-000006"]
+
+
+def test_a_checkpoint_is_small_and_holds_no_base(model: PeftModel, tmp_path: Path) -> None:
+    folder = save(model, tmp_path, 7)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 14 * trainable + 1_000_000
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json", ".md"}
+    checkpoint = load_checkpoint(folder)
+    assert sum(tensor.numel() for tensor in checkpoint.adapter.values()) == trainable
+    assert sum(tensor.numel() for tensor in checkpoint.optimizer.values()) == 2 * trainable
+
+
+EVIL = b"cos\nsystem\n(S'touch /tmp/plainloop-was-here'\ntR."  # a pickle that runs a command
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "no manifest": ("no manifest.json", lambda folder: (folder / "manifest.json").unlink()),
+    "manifest is no JSON": ("no manifest.json that can be read", lambda f: (f / "manifest.json").write_text("{")),
+    "manifest is a list": ("no manifest.json that can be read", lambda f: (f / "manifest.json").write_text("[]")),
+    "manifest of numbers": ("no manifest.json that", lambda f: (f / "manifest.json").write_text('{"a": 5}')),
+    "empty manifest": ("does not name adapter_model", lambda f: (f / "manifest.json").write_text("{}")),
+    "truncated": ("bytes instead of", lambda f: os.truncate(f / "optimizer.safetensors", 100)),
+    "emptied": ("has 0 bytes", lambda f: os.truncate(f / "adapter_model.safetensors", 0)),
+    "one bit": ("SHA-256 differs", lambda f: flip_last_bit(f / "adapter_model.safetensors")),
+    "edited state": ("SHA-256 differs", lambda f: replace(f / "trainer_state.json", '"step": 7', '"step": 3')),
+    "file missing": ("optimizer.safetensors is missing", lambda f: (f / "optimizer.safetensors").unlink()),
+    "a pickle beside": ("not written by this program: evil.pkl", lambda f: (f / "evil.pkl").write_bytes(EVIL)),
+    "a pickle for it": (
+        "not written by this program: adapter_model.bin",
+        lambda f: (f / "adapter_model.bin").write_bytes(EVIL),
+    ),
+    "folder missing": ("there is no such folder", shutil.rmtree),
+}
+
+
+def flip_last_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_and_auto_passes_it_over(
+    damage: str, model: PeftModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(model, tmp_path, 6)
+    folder = save(model, tmp_path, 7)
+    said, damages = DAMAGES[damage]
+    damages(folder)
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_checkpoint(folder)
+    recipe = parse_recipe(["--resume", "auto", "--run_dir", str(tmp_path)])[1]
+    found = find_checkpoint("tiny", recipe)
+    assert found is not None
+    assert found.step == 6
+    if folder.exists():
+        assert capsys.readouterr().out.count("warning: passed over") == 1
+    if folder.exists():
+        shutil.rmtree(tmp_path / "checkpoints" / "step-000006")
+        with pytest.raises(UserError, match="has no whole checkpoint"):
+            find_checkpoint("tiny", recipe)
+    assert not Path("/tmp/plainloop-was-here").exists()
+
+
+def test_what_resume_means(
+    model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def found(*arguments: str) -> int | None:
+        checkpoint = find_checkpoint("tiny", parse_recipe(arguments)[1])
+        return checkpoint.step if checkpoint else None
+
+    assert found() is None
+    with pytest.raises(UserError, match=r"no run of tiny with a checkpoint under runs/\. Start without --resume"):
+        found("--resume", "auto")
+    assert found("--resume", "auto", "--run_dir", "runs/tiny-1") is None
+    assert "starting at step 0" in capsys.readouterr().out, "not silently"
+    save(model, Path("runs/tiny-1"), 3)
+    save(model, Path("runs/tiny-1"), 10)
+    save(model, Path("runs/other-1"), 99)
+    (tmp_path / "runs" / "tiny-1" / "checkpoints" / ".step-000011.partial").mkdir()
+    assert found("--resume", "auto") == found("--resume", "runs/tiny-1") == 10
+    assert found("--resume", "runs/tiny-1/checkpoints/step-000003") == 3
+    with pytest.raises(UserError, match="a run goes on in its own folder"):
+        found("--resume", "runs/tiny-1/checkpoints/step-000003", "--run_dir", "elsewhere")
+    with pytest.raises(UserError, match="there is no such folder"):
+        found("--resume", "nowhere")
 
 
 def test_what_cannot_be_written_is_an_error(model: PeftModel, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"could not be saved to .*/file/adapter"):
+    with pytest.raises(RunError, match=r"file/adapter could not be written"):
         save_adapter(model, tmp_path / "file" / "adapter", Accelerator(cpu=True))
 
 

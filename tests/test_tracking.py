@@ -24,7 +24,7 @@ EXTENSIONS = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
 
 def track(tmp_path: Path, tracker: str) -> Tracking:
     recipe = parse_recipe(["--tracker", tracker])[1]
-    return Tracking(recipe, tmp_path, 4, Accelerator(cpu=True))
+    return Tracking(recipe, tmp_path, 0, 4, Accelerator(cpu=True))
 
 
 def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:

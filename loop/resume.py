@@ -1,0 +1,149 @@
+"""--resume: which checkpoint, and whether this run may go on from it."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from peft import get_peft_model_state_dict
+
+from data.batch import Window
+from data.errors import UserError
+from loop.build import rows_per_step
+from loop.checkpoint import CHECKPOINTS, Checkpoint, list_checkpoints, load_checkpoint, unwrap
+from loop.engine import mixed_precision
+from loop.optimizer_state import restore_optimizer, trainable_parameters
+from loop.recipe import Recipe, find_path, recipe_as_dict
+
+# Keys that may differ: they change neither what is learned nor in which order. The batch may be cut up in another
+# way as long as its product stays, and the training file may lie elsewhere as long as its content is the same.
+FREE = {
+    "run_dir", "resume", "tracker", "log_every", "eval_every", "save_every", "save_total_limit", "rank_timeout",
+    "gradient_checkpointing", "micro_batch_size", "grad_accum_steps", "model.attn_implementation",
+    "model.trust_remote_code", "data.train_file", "data.validation_file", "data.max_length",
+}  # fmt: skip
+
+
+def find_checkpoint(name: str, recipe: Recipe) -> Checkpoint | None:
+    """The checkpoint that `recipe.resume` means, whole and verified; None where a new run is to start.
+
+    auto takes the newest whole one of run_dir, or without a run_dir of the newest run of the recipe `name`;
+    with a run_dir in which nothing has been saved yet it says so and starts the run. Raises UserError when
+    there is nothing to resume, or nothing but damaged checkpoints.
+    """
+    if recipe.resume is None:
+        return None
+    if recipe.resume != "auto":
+        folder = Path(recipe.resume)
+        if (folder / CHECKPOINTS).is_dir():
+            return _newest(folder)
+        checkpoint = load_checkpoint(folder)
+        run_dir = folder.resolve().parent.parent
+        if folder.resolve().parent.name != CHECKPOINTS or (
+            recipe.run_dir and Path(recipe.run_dir).resolve() != run_dir
+        ):
+            raise UserError(
+                f"--resume {folder}: a run goes on in its own folder. Leave run_dir out, or set it to {run_dir}."
+            )
+        return checkpoint
+    if recipe.run_dir:
+        found = _newest(Path(recipe.run_dir))
+        if found is None and os.environ.get("RANK", "0") == "0":
+            print(f"--resume auto: no checkpoint in {recipe.run_dir} yet; starting at step 0", flush=True)
+        return found
+    runs = sorted((path for path in Path("runs").glob(f"{name}-*") if list_checkpoints(path)), key=os.path.getmtime)
+    if not runs:
+        raise UserError(f"--resume auto: no run of {name} with a checkpoint under runs/. Start without --resume.")
+    return _newest(runs[-1])
+
+
+def _newest(run_dir: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; damaged ones are named. UserError when there are only damaged ones."""
+    problems = []
+    for folder in reversed(list_checkpoints(run_dir)):
+        try:
+            return load_checkpoint(folder)
+        except UserError as error:
+            problems.append(str(error))
+            if os.environ.get("RANK", "0") == "0":
+                print(f"warning: passed over: {error}", flush=True)
+    if problems:
+        raise UserError(f"{run_dir} has no whole checkpoint:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return None
+
+
+def fingerprint(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """What decides the mathematics of a run: kept in its checkpoints, compared when one is resumed."""
+    return {
+        "recipe": recipe_as_dict(recipe),
+        "train_file_sha256": hashlib.sha256(find_path(recipe.data.train_file).read_bytes()).hexdigest(),
+        "rows_per_step": rows_per_step(recipe, accelerator),
+        "mixed_precision": mixed_precision(accelerator),
+    }
+
+
+def check_resumable(checkpoint: Checkpoint | None, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Raises UserError, with the list of differences, when going on would not be the same run."""
+    if checkpoint is None:
+        return
+    try:
+        then = {key: checkpoint.state["run"][key] for key in fingerprint(recipe, accelerator)}
+        step, updates = checkpoint.state["step"], checkpoint.state["updates"]
+        ok = isinstance(step, int) and isinstance(updates, int) and 0 <= updates <= step
+    except (KeyError, TypeError):
+        ok = False
+    if not ok:
+        raise UserError(f"checkpoint {checkpoint.folder}: trainer_state.json is not one of this program's.")
+    now = fingerprint(recipe, accelerator)
+    differences = [
+        f"{key}: {old} then, {new} now"
+        for key, old, new in _pairs(then["recipe"], now["recipe"])
+        if old != new and key not in FREE
+    ]
+    if then["train_file_sha256"] != now["train_file_sha256"]:
+        differences.append(f"data.train_file: the content of {recipe.data.train_file} is not that of the run's file")
+    if then["mixed_precision"] != now["mixed_precision"]:
+        differences.append(f"mixed_precision: {then['mixed_precision']} then, {now['mixed_precision']} now")
+    if then["rows_per_step"] != now["rows_per_step"]:
+        differences.append(_batch_advice(then["rows_per_step"], now["rows_per_step"], recipe, accelerator))
+    if differences:
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: this would not be the same run:\n"
+            + "\n".join(f"  {difference}" for difference in differences)
+        )
+
+
+def _pairs(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of every key of either."""
+    pairs = []
+    for key in {**then, **now}:
+        old, new = then.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            pairs += _pairs(old, new, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", old, new))
+    return pairs
+
+
+def _batch_advice(then: int, now: int, recipe: Recipe, accelerator: Accelerator) -> str:
+    said = f"the effective batch: {then} rows then, {now} now"
+    processes = int(accelerator.num_processes)
+    if then % processes:
+        return f"{said}; {processes} processes cannot share {then} rows, launch a number of them that divides it"
+    each = then // processes
+    micro = max(size for size in range(1, min(recipe.micro_batch_size, each) + 1) if each % size == 0)
+    return f"{said}; keep it with --micro_batch_size {micro} --grad_accum_steps {each // micro}"
+
+
+def resume_optimizer(
+    checkpoint: Checkpoint | None, model: Any, optimizer: Any, empty_window: Window, accelerator: Accelerator
+) -> None:
+    """The optimizer as it was at `checkpoint`; every rank enters."""
+    if checkpoint is None:
+        return
+    adapter = trainable_parameters(unwrap(model, accelerator))
+    files = get_peft_model_state_dict(unwrap(model, accelerator), state_dict={name: name for name in adapter})
+    # an adapter in fp32 is its own master
+    masters = {f"master.{name}": checkpoint.adapter[file_name].float() for file_name, name in files.items()}
+    restore_optimizer(masters | checkpoint.optimizer, checkpoint.updates, model, optimizer, empty_window, accelerator)

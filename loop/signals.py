@@ -1,0 +1,42 @@
+"""SIGTERM and SIGINT: all ranks stop after the same step. A second one stops at once."""
+
+import os
+import signal
+import time
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+ECHO = 1.0  # seconds in which a signal is taken for the same one: a launcher passes on what a rank got as well
+
+
+class StopSignals:
+    """Takes SIGTERM and SIGINT while the context is open."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.received = 0  # the signal's number
+        self.when = 0.0
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {number: signal.signal(number, self._take) for number in STOPPING}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self.when = number, time.monotonic()
+        elif time.monotonic() - self.when > ECHO:
+            os._exit(128 + number)  # nothing complete is lost: a checkpoint appears by one rename
+
+    def agreed(self) -> int:
+        """The signal that any rank has received, or 0; collective, the same on every rank."""
+        received = torch.tensor(self.received, device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        return int(received.item())

@@ -1,0 +1,113 @@
+"""Sees when another rank has died or frozen, which a collective call would wait for in vain."""
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from data.errors import RunError
+
+BEAT = 0.5  # seconds
+
+
+class Watch:
+    """A thread on every rank that gives signs of life and looks for the others' while the context is open.
+
+    On one machine only: the ranks share a small folder, a file each, whose time of change is the sign of life.
+    A rank that is silent for `timeout` seconds, or gone, ends this process with a message that names it and the
+    step; a frozen one is killed. A launcher that is gone ends it as well, so that no rank stays behind alone.
+    """
+
+    def __init__(self, timeout: float, accelerator: Accelerator) -> None:
+        self.timeout = timeout
+        self.rank = accelerator.process_index
+        self.step = 0  # the caller's, for the message
+        self.parent = os.getppid()
+        self.over = threading.Event()
+        self.pids: list[int] = gather_object([os.getpid()])  # collective
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
+        self.active = accelerator.num_processes > 1 and one_machine
+        folder = [tempfile.mkdtemp(prefix="plainloop-") if self.active and accelerator.is_main_process else None]
+        broadcast_object_list(folder)  # collective
+        self.folder = Path(folder[0] or "")
+        if self.active:
+            self._beat()
+            accelerator.wait_for_everyone()
+
+    def __enter__(self) -> "Watch":
+        if self.active:
+            threading.Thread(target=self._work, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.over.set()
+        if not self.active:
+            return
+        try:
+            if error is not None and isinstance(error, RuntimeError) and not isinstance(error, RunError):
+                time.sleep(2 * BEAT)  # a peer's death is seen by its socket first
+                if gone := self._gone():
+                    raise RunError(gone) from None
+        finally:
+            if self.rank == 0:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _beat(self) -> None:
+        # A debugger halts all threads of its process for as long as somebody thinks.
+        debugged = "debugpy" in sys.modules or "pydevd" in sys.modules
+        (self.folder / str(self.rank)).write_text("debugged" if debugged else "alive")
+
+    def _work(self) -> None:
+        while True:
+            before = time.time()
+            if self.over.wait(BEAT):
+                return
+            with contextlib.suppress(OSError):
+                self._beat()
+            if time.time() - before > 4 * BEAT:  # this rank was halted itself: let the others beat first
+                continue
+            if problem := self._gone() or self._frozen():
+                time.sleep(4 * BEAT)  # in case the main thread comes to the same verdict
+                if not self.over.is_set():
+                    print(f"error: {problem}", file=sys.stderr, flush=True)
+                    os._exit(1)
+            if os.getppid() != self.parent:
+                os._exit(1)
+
+    def _gone(self) -> str | None:
+        for rank, pid in enumerate(self.pids):
+            if not _lives(pid):
+                return f"step {self.step + 1}: rank {rank} (process {pid}) died. Go on with --resume."
+        return None
+
+    def _frozen(self) -> str | None:
+        for rank, pid in enumerate(self.pids):
+            try:
+                silent = time.time() - (self.folder / str(rank)).stat().st_mtime
+                debugged = (self.folder / str(rank)).read_text() == "debugged"
+            except OSError:  # removed by rank 0, which is at its end
+                continue
+            if silent > self.timeout and not debugged:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                return (
+                    f"step {self.step + 1}: rank {rank} (process {pid}) has given no sign of life for {silent:.0f} s "
+                    "and was killed. Go on with --resume."
+                )
+        return None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"

@@ -1,0 +1,102 @@
+"""An interrupted run that goes on is the uninterrupted run: to the bit where nothing else changed."""
+
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.distributed.launching import CONFIGS, DEBUG, ROOT, Run, launch
+
+STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+STEPS = 6  # three epochs of two windows: four rows and three
+MIDDLE = 3  # steps learned where the run is resumed: in the middle of an epoch
+
+
+def config_file(name: str) -> Path:
+    return CONFIGS / f"{name}.yaml" if name in STAGES else ROOT / "tests" / "accel_configs" / f"{name}.yaml"
+
+
+def train(name: str, folder: Path, processes: int, precision: str, dropout: float, *more: str) -> Run:
+    rows = ["--micro_batch_size", "1", "--grad_accum_steps", str(4 // processes)]
+    often = ["--epochs", "3", "--save_every", "1", "--save_total_limit", "9", "--log_every", "2"]
+    return launch(
+        config_file(name),
+        *(*DEBUG, *rows, *often, "--optim.lr", "3e-3", "--lora.dropout", str(dropout), *more),
+        folder=folder,
+        processes=processes,
+        precision=precision,
+    )
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that does a run without interruption, once."""
+    base = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def run(name: str, processes: int, precision: str, dropout: float) -> Run:
+        done = train(name, base / f"{name}-{processes}-{precision}-{dropout}", processes, precision, dropout)
+        assert done.code == 0, done.output
+        return done
+
+    return run
+
+
+def cut(run: Run, folder: Path) -> None:
+    """A copy of `run` as a crash after step MIDDLE would have left it: without later checkpoints and the adapter."""
+    shutil.copytree(run.folder, folder)
+    shutil.rmtree(folder / "adapter")
+    for step in range(MIDDLE + 1, STEPS + 1):
+        shutil.rmtree(folder / "checkpoints" / f"step-{step:06d}")
+
+
+def without_clock(run: Run) -> list[dict[str, float]]:
+    return [{key: value for key, value in line.items() if key != "train/tokens_per_second"} for line in run.metrics]
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "precision"),
+    [
+        *((stage, 2, "bf16") for stage in STAGES),
+        *(("zero0", 2, "no"), ("zero2_offload", 2, "no"), ("zero3", 2, "no")),
+        *(("ddp_gpus", 2, "bf16"), ("single_cpu", 1, "no")),
+    ],
+)
+def test_to_the_bit(name: str, processes: int, precision: str, whole: Any, tmp_path: Path) -> None:
+    run = whole(name, processes, precision, 0.2)
+    cut(run, tmp_path / "run")
+    resumed = train(name, tmp_path / "run", processes, precision, 0.2, "--resume", "auto")
+    assert resumed.code == 0, resumed.output
+    assert without_clock(resumed) == without_clock(run)
+    assert [line["step"] for line in resumed.metrics] == [2, 4, 6]
+    for file in ("adapter", *(f"checkpoints/step-{step:06d}" for step in range(MIDDLE + 1, STEPS + 1))):
+        ours, theirs = ((r.folder / file / "adapter_model.safetensors").read_bytes() for r in (resumed, run))
+        assert ours == theirs, file
+    last = Path("checkpoints") / f"step-{STEPS:06d}" / "optimizer.safetensors"
+    assert (resumed.folder / last).read_bytes() == (run.folder / last).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("zero0", 2), ("zero3", 1)),
+        (("zero3", 2), ("zero0", 2)),
+        (("zero3", 2), ("zero2_offload", 1)),
+        (("zero2_offload", 2), ("zero1", 4)),
+        (("zero0", 2), ("single_cpu", 1)),
+    ],
+    ids=str,
+)
+def test_on_another_topology(before: Any, after: Any, whole: Any, tmp_path: Path) -> None:
+    run = whole(*before, "no", 0.0)
+    cut(run, tmp_path / "run")
+    resumed = train(after[0], tmp_path / "run", after[1], "no", 0.0, "--resume", "auto")
+    assert resumed.code == 0, resumed.output
+    for key in ("train/loss", "train/lr", "train/grad_norm", "val/loss"):
+        assert resumed.series(key) == pytest.approx(run.series(key), rel=1e-5), key
+    ours, theirs = (load_file(r.folder / "adapter" / "adapter_model.safetensors") for r in (resumed, run))
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
