@@ -147,10 +147,13 @@ def _publish(folder: Path, write: Callable[[Path], None], accelerator: Accelerat
             write(beside)
             for path in (*beside.iterdir(), beside):
                 _sync(path)
+            old = folder.with_name(f".{folder.name}.old.partial")
+            shutil.rmtree(old, ignore_errors=True)
             if folder.exists():  # a step that was learned again after resuming from an earlier one
-                shutil.rmtree(folder)
+                folder.rename(old)
             beside.rename(folder)
             _sync(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
         except Exception as error:  # safetensors has an exception of its own for a full disk
             shutil.rmtree(beside, ignore_errors=True)
             free = f"{shutil.disk_usage(_existing(folder)).free / 1e6:,.0f} MB are free there"
@@ -158,6 +161,13 @@ def _publish(folder: Path, write: Callable[[Path], None], accelerator: Accelerat
     broadcast_object_list(failure)  # collective: a disk that is full on rank 0 has to stop all
     if failure[0] is not None:
         raise RunError(failure[0])
+
+
+def delete_leftovers(run_dir: Path) -> None:
+    """What a killed run was about to write."""
+    for folder in (run_dir, run_dir / CHECKPOINTS):
+        for leftover in folder.glob(".*.partial"):
+            shutil.rmtree(leftover)
 
 
 def _existing(folder: Path) -> Path:

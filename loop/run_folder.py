@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data.errors import UserError
-from loop.checkpoint import Checkpoint
+from loop.checkpoint import Checkpoint, delete_leftovers
 from loop.recipe import Recipe, recipe_as_dict
 
 PACKAGES = ("accelerate", "deepspeed", "peft", "safetensors", "swanlab", "tokenizers", "torch", "transformers")
@@ -49,6 +49,7 @@ def create_run_folder(name: str, recipe: Recipe, checkpoint: Checkpoint | None, 
     if accelerator.is_main_process:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            delete_leftovers(run_dir)
             _cut_metrics(run_dir / "metrics.jsonl", checkpoint.step if checkpoint else 0)
             values = recipe_as_dict(recipe) | {"resume": None}
             (run_dir / "recipe.yaml").write_text(
@@ -76,7 +77,7 @@ def _cut_metrics(file: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             break
         kept.append(line)
-    beside = file.with_name(".metrics.jsonl.partial")
+    beside = file.with_name(".metrics.jsonl.new")
     beside.write_text("".join(kept), encoding="utf-8")
     beside.replace(file)
 

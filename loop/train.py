@@ -59,8 +59,8 @@ def main(argv: Sequence[str]) -> None:
         write_json(run_dir / "deepspeed_config.json", getattr(accelerator, "deepspeed_config", {}))
     tracking = Tracking(recipe, run_dir, checkpoint.step if checkpoint else 0, total_steps, accelerator)
     tracking.say(overview(recipe, data, model, run_dir, total_steps, accelerator))
-    with Watch(recipe.rank_timeout, accelerator) as watch, StopSignals(accelerator) as signals:
-        fit(recipe, data, model, optimizer, lr_scheduler, checkpoint, run_dir, tracking, watch, signals, accelerator)
+    with StopSignals(accelerator) as signals, Watch(recipe.rank_timeout, accelerator) as watch:
+        fit(recipe, data, model, optimizer, lr_scheduler, checkpoint, run_dir, tracking, signals, watch, accelerator)
         save_adapter(unwrap(model, accelerator), run_dir / "adapter", accelerator)
     tracking.say(f"adapter: {run_dir / 'adapter'}")
     accelerator.state.destroy_process_group()
@@ -76,8 +76,8 @@ def fit(
     checkpoint: Checkpoint | None,
     run_dir: Path,
     tracking: Tracking,
-    watch: Watch,
     signals: StopSignals,
+    watch: Watch,
     accelerator: Accelerator,
 ) -> None:
     """Trains all epochs, or what is left after `checkpoint`; every rank enters.

@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from data.errors import RunError
+from data.errors import RunError, Stopped
 
 BEAT = 0.5  # seconds
 
@@ -51,14 +51,24 @@ class Watch:
         self.over.set()
         if not self.active:
             return
-        try:
-            if error is not None and isinstance(error, RuntimeError) and not isinstance(error, RunError):
-                time.sleep(2 * BEAT)  # a peer's death is seen by its socket first
-                if gone := self._gone():
-                    raise RunError(gone) from None
-        finally:
+        if error is None or isinstance(error, RunError | Stopped):  # all ranks leave alike
             if self.rank == 0:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self._clear()
+            return
+        deadline = time.monotonic() + 4 * BEAT
+        while time.monotonic() < deadline:  # a peer's death breaks a collective before it shows elsewhere
+            if gone := self._gone():
+                self._end(gone)
+            time.sleep(BEAT / 10)
+
+    def _end(self, problem: str) -> None:
+        """Not by an exception: with a rank missing, leaving in good order would wait for it again."""
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        self._clear()
+        os._exit(1)
+
+    def _clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _beat(self) -> None:
         # A debugger halts all threads of its process for as long as somebody thinks.
@@ -74,13 +84,11 @@ class Watch:
                 self._beat()
             if time.time() - before > 4 * BEAT:  # this rank was halted itself: let the others beat first
                 continue
-            if problem := self._gone() or self._frozen():
-                time.sleep(4 * BEAT)  # in case the main thread comes to the same verdict
-                if not self.over.is_set():
-                    print(f"error: {problem}", file=sys.stderr, flush=True)
-                    os._exit(1)
+            problem = self._gone() or self._frozen()
             if os.getppid() != self.parent:
-                os._exit(1)
+                problem = f"step {self.step + 1}: the launcher is gone, and rank {self.rank} goes too."
+            if problem and not self.over.is_set():
+                self._end(problem)
 
     def _gone(self) -> str | None:
         for rank, pid in enumerate(self.pids):
