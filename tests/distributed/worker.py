@@ -1,6 +1,7 @@
-"""loop/train.py, which at its end also looks whether the frozen base is still what the checkpoint holds.
+"""loop/train.py, which also writes down what it ran on and what became of the base.
 
-Every rank gathers all weights (a tiny model's); rank 0 writes base_check.json into the run folder.
+engine.json: dtypes and classes of the run. base_check.json: whether the frozen base is still what the checkpoint
+holds, for which every rank gathers all weights (a tiny model's).
 """
 
 import json
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 import loop.train
 from loop.checkpoint import save_adapter
+from loop.engine import prepare
 from loop.recipe import parse_recipe
 
 
@@ -32,16 +34,39 @@ def base_differences(model: Any, checkpoint: Path) -> list[str]:
     return different + sorted(stored.keys() - seen - {"lm_head.weight"})
 
 
+def facts(model: Any, optimizer: Any) -> dict[str, str]:
+    """What two runs have to share to be comparable."""
+    inner = optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    adapters = {str(p.dtype) for p in model.parameters() if p.requires_grad}
+    accumulation = model.get_data_types()[1] if hasattr(model, "get_data_types") else next(iter(adapters))
+    return {
+        "adapter": " ".join(sorted(adapters)).replace("torch.", ""),
+        "optimizer": type(inner).__name__,
+        "deepspeed_optimizer": type(optimizer.optimizer).__name__,
+        "accumulation": str(accumulation).replace("torch.", ""),
+    }
+
+
 def main() -> None:
+    known: dict[str, str] = {}
+
+    def prepare_and_look(*args: Any) -> Any:
+        model, optimizer = prepare(*args)
+        known.update(facts(model, optimizer))
+        return model, optimizer
+
     def save_and_check(model: Any, folder: Path, accelerator: Any) -> None:
         save_adapter(model, folder, accelerator)
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             if accelerator.is_main_process:
                 different = base_differences(model, Path(parse_recipe(sys.argv[1:])[1].model.name_or_path))
                 count = sum(not parameter.requires_grad for parameter in model.parameters())
+                (folder.parent / "engine.json").write_text(json.dumps(known))
                 (folder.parent / "base_check.json").write_text(json.dumps({"different": different, "compared": count}))
 
-    with patch("loop.train.save_adapter", save_and_check):
+    with patch("loop.train.save_adapter", save_and_check), patch("loop.train.prepare", prepare_and_look):
         loop.train.main(sys.argv[1:])
 
 

@@ -1,0 +1,228 @@
+"""The equality matrix: `python -m tests.equality` (about a quarter of an hour) writes docs/equality.md.
+
+Six accel configurations x {1, 2} processes x accumulation {1, 4} x gradient checkpointing {off, on}, 20 updates
+on 157 real rows, each launched as a user does, against tests/reference_loop.py. In fp32 every cell has to agree
+within 1e-5; in bf16 within three times what computing in bf16 costs (bf16_tolerance).
+"""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, set_seed
+
+from tests.distributed.launching import CONFIGS, ROOT, WORKER, Run, launch
+from tests.reference_loop import PEAK, RANK, TARGETS, History, reference_loop
+
+STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+TINY = ROOT / "data" / "tiny_base"
+NUM_ROWS, ROWS_PER_STEP, SEED = 157, 8, 42  # 19 full windows, and one of five rows
+FP32 = 1e-5
+FIGURES = ("loss", "grad_norm", "lr", "adapter")
+
+
+@dataclass(frozen=True)
+class Cell:
+    config: str
+    processes: int
+    accum: int
+    checkpointing: str
+    precision: str = "no"
+
+    def __str__(self) -> str:
+        return f"{self.config}-{self.processes}-{self.accum}-{self.checkpointing}-{self.precision}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest of all steps, relative: to the reference's value, for lr to the peak, for the adapter to each norm."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    adapter: float
+
+    def within(self, other: "Difference") -> bool:
+        return all(getattr(self, name) <= getattr(other, name) for name in FIGURES)
+
+
+def write_rows(path: Path) -> Path:
+    """Real rows of the task, whose answers differ in length."""
+    lines = (ROOT / "data" / "math" / "math_train_1798.json").read_text().splitlines()[1:]
+    path.write_text("\n".join(line.rstrip(",") for line in lines[:NUM_ROWS]))
+    return path
+
+
+def run_cell(cell: Cell, rows: Path, folder: Path) -> Run:
+    micro = ROWS_PER_STEP // (cell.processes * cell.accum)
+    return launch(
+        CONFIGS / f"{cell.config}.yaml",
+        *("--data.train_file", str(rows), "--data.validation_file", "null", "--lora.dropout", "0"),
+        *("--epochs", "1", "--log_every", "1", "--tracker", "null", "--optim.lr", str(PEAK)),
+        *("--micro_batch_size", str(micro), "--grad_accum_steps", str(cell.accum)),
+        *("--gradient_checkpointing", cell.checkpointing),
+        folder=folder,
+        processes=cell.processes,
+        precision=cell.precision,
+        script=WORKER,
+    )
+
+
+@cache
+def reference(rows: Path, precision: str) -> History:
+    """In float64, over the weights as `precision` stores them."""
+    weights = torch.bfloat16 if precision == "bf16" else torch.float32
+    return _judge(rows, weights, torch.float64)
+
+
+@cache
+def bf16_tolerance(rows: Path) -> Difference:
+    """Three times what computing in bf16 costs: the plain reference in bf16, against itself in float64.
+
+    The plain one rounds gradients where it computes them; a run rounds them again where it accumulates
+    micro-batches and where it reduces over ranks, neither of which costs more than computing them did.
+    """
+    plain, exact = _judge(rows, torch.bfloat16, torch.bfloat16), reference(rows, "bf16")
+    cost = compare(plain, exact)
+    return Difference(3 * cost.loss, 3 * cost.grad_norm, FP32, 3 * cost.adapter)
+
+
+def _judge(rows: Path, weights: torch.dtype, arithmetic: torch.dtype) -> History:
+    start = {name: tensor.to(weights) for name, tensor in initial_adapter().items()}
+    return reference_loop(TINY, rows, start, ROWS_PER_STEP, SEED, weights, arithmetic)
+
+
+def initial_adapter() -> dict[str, Tensor]:
+    """What PEFT draws from the recipe's seed; nothing else of it is used."""
+    base = AutoModelForCausalLM.from_pretrained(TINY)
+    set_seed(SEED)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=RANK, target_modules=list(TARGETS)))
+    return {short(name): p.detach() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def short(name: str) -> str:
+    """ "model.layers.0.mlp.up_proj.lora_A", out of PEFT's longer name."""
+    return name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".default")
+
+
+def history(run: Run) -> History:
+    saved = load_file(run.folder / "adapter" / "adapter_model.safetensors")
+    adapter = {short(name): tensor.double() for name, tensor in saved.items()}
+    return History(run.series("train/loss"), run.series("train/grad_norm"), run.series("train/lr"), adapter)
+
+
+def compare(ours: History, judge: History) -> Difference:
+    def relative(got: list[float], expected: list[float]) -> float:
+        return max(abs(a - b) / abs(b) for a, b in zip(got, expected, strict=True))
+
+    assert ours.adapter.keys() == judge.adapter.keys()
+    return Difference(
+        loss=relative(ours.loss, judge.loss),
+        grad_norm=relative(ours.grad_norm, judge.grad_norm),
+        lr=max(abs(a - b) for a, b in zip(ours.lr, judge.lr, strict=True)) / max(judge.lr),
+        adapter=max(float((ours.adapter[name] - t).norm() / t.norm()) for name, t in judge.adapter.items()),
+    )
+
+
+def all_cells() -> Iterable[Cell]:
+    for config in STAGES:
+        for processes in (1, 2):
+            for accum in (1, 4):
+                for checkpointing in ("none", "non_reentrant"):
+                    yield Cell(config, processes, accum, checkpointing)
+
+
+def bf16_cells() -> Iterable[Cell]:
+    return (Cell(config, 2, accum, "non_reentrant", "bf16") for config in STAGES for accum in (1, 4))
+
+
+def tolerance(cell: Cell, rows: Path) -> Difference:
+    return bf16_tolerance(rows) if cell.precision == "bf16" else Difference(FP32, FP32, FP32, FP32)
+
+
+def deepspeed_settings(run: Run) -> dict[str, Any]:
+    """The resolved DeepSpeed configuration, without the batch's numbers, which stand in the table."""
+    config = json.loads((run.folder / "deepspeed_config.json").read_text())
+    return {key: value for key, value in config.items() if "batch" not in key and "accumulation" not in key}
+
+
+def page(results: list[tuple[Cell, Run, Difference, Difference]], seconds: float) -> str:
+    lines = [
+        "# The equality matrix",
+        "",
+        f"Written by `python -m tests.equality` on {time.strftime('%Y-%m-%d')}: {len(results)} runs in",
+        f"{seconds / 60:.0f} minutes, on {platform.machine()} CPUs, two processes over gloo; "
+        + ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate", "peft", "transformers"))
+        + ".",
+        "",
+        f"Each run: 20 updates on {NUM_ROWS} rows, {ROWS_PER_STEP} a step however they are cut up, the last five; the",
+        f"reference's learning rate ({PEAK:g}). Each figure: the largest relative difference of all steps from",
+        "[the reference loop](../tests/reference_loop.py), plain PyTorch in float64; for lr relative to the peak, for",
+        "the adapter the largest of all tensors, in the 2-norm.",
+        "",
+    ]
+    for precision, title in (("no", "fp32"), ("bf16", "bf16")):
+        chosen = [result for result in results if result[0].precision == precision]
+        if not chosen:
+            continue
+        limit = chosen[0][3]
+        limits = ", ".join(f"{name} {getattr(limit, name):.1e}" for name in FIGURES)
+        good = sum(found.within(limit) for _, _, found, _ in chosen)
+        lines += [f"## {title}: {good} of {len(chosen)} within {limits}", ""]
+        if precision == "bf16":
+            lines += [
+                "The limit is three times the distance of the plain reference computed in bf16 from itself in float64,",
+                "over the same bf16 weights: gradients are rounded where they are computed, and in a run again where",
+                "micro-batches are accumulated and where ranks are reduced.",
+                "",
+            ]
+        head = ("configuration", "processes", "accumulation", "checkpointing", "adapter", "optimizer", "accumulates in")
+        lines += [f"| {' | '.join((*head, *FIGURES))} |", "|---" * (len(head) + len(FIGURES)) + "|"]
+        for cell, run, found, _ in chosen:
+            facts = json.loads((run.folder / "engine.json").read_text())
+            optimizer = " in ".join(dict.fromkeys((facts["optimizer"], facts["deepspeed_optimizer"])))
+            values = (cell.config, cell.processes, cell.accum, cell.checkpointing, facts["adapter"], optimizer)
+            figures = [f"{getattr(found, name):.1e}" for name in FIGURES]
+            lines.append(f"| {' | '.join(map(str, (*values, facts['accumulation'], *figures)))} |")
+        lines.append("")
+    lines += ["## DeepSpeed's configuration, resolved", "", "```"]
+    shown = {}
+    for cell, run, _, _ in results:
+        shown[f"{cell.config}, {'bf16' if cell.precision == 'bf16' else 'fp32'}"] = json.dumps(deepspeed_settings(run))
+    return "\n".join([*lines, *(f"{name}: {settings}" for name, settings in shown.items()), "```", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.equality", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "equality.md")
+    args = parser.parse_args()
+    results = []
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        rows = write_rows(Path(name) / "rows.jsonl")
+        for cell in (*all_cells(), *bf16_cells()):
+            run = run_cell(cell, rows, Path(name) / str(cell))
+            if run.code:
+                sys.exit(f"{cell}:\n{run.output}")
+            results.append((cell, run, compare(history(run), reference(rows, cell.precision)), tolerance(cell, rows)))
+            print(cell, results[-1][2], flush=True)
+        args.out.parent.mkdir(exist_ok=True)
+        args.out.write_text(page(results, time.monotonic() - begun))
+    sys.exit(0 if all(found.within(limit) for _, _, found, limit in results) else 1)
+
+
+if __name__ == "__main__":
+    main()
