@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from data.errors import UserError
 from data.rows import Row, fail_on_bad_rows
 
+PLACE = "\ue000"  # a character for private use: stands where the user's text goes
+
 
 @dataclass(frozen=True)
 class Example:
@@ -19,18 +21,31 @@ class Example:
     answer_ids: list[int]  # ends with the end token
 
 
-def render_prompt(row: Row, system_prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat turns of `row` as text, up to where the assistant begins to answer."""
-    user = f"{row.instruction}\n{row.input}" if row.input else row.instruction
+def user_text(row: Row) -> str:
+    return f"{row.instruction}\n{row.input}" if row.input else row.instruction
+
+
+def render_prompt(user: str, system_prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat turns as text, up to where the assistant begins to answer what `user` says."""
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": user})
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def encode_row(row: Row, system_prompt: str, tokenizer: PreTrainedTokenizerBase) -> Example:
-    prompt_ids = tokenizer(render_prompt(row, system_prompt, tokenizer), add_special_tokens=False)["input_ids"]
-    answer_ids = tokenizer(row.output, add_special_tokens=False)["input_ids"]
-    return Example(row.number, prompt_ids, [*answer_ids, tokenizer.eos_token_id])
+    """Control tokens within the row's texts, such as <|im_end|>, are plain text: a row cannot forge a turn."""
+
+    def ids(text: str, plain: bool = False) -> list[int]:
+        encoded: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+        return encoded
+
+    user = user_text(row)
+    if any(token in user for token in tokenizer.all_special_tokens):
+        before, after = render_prompt(PLACE, system_prompt, tokenizer).split(PLACE)
+        prompt_ids = ids(before) + ids(user, plain=True) + ids(after)
+    else:
+        prompt_ids = ids(render_prompt(user, system_prompt, tokenizer))
+    return Example(row.number, prompt_ids, [*ids(row.output, plain=True), tokenizer.eos_token_id])
 
 
 def encode_rows(
@@ -38,8 +53,7 @@ def encode_rows(
 ) -> list[Example]:
     """Every row as an Example of at most `max_length` tokens, prompt, answer and end token together.
 
-    Raises UserError, naming the rows of the file `path`, when a row is longer (nothing is cut off) or
-    contains one of the tokenizer's control tokens as text (it could forge a turn of the chat), and
+    Raises UserError, naming the rows of the file `path`, when a row is longer (nothing is cut off), and
     when the tokenizer has no chat template or no end token.
     """
     if tokenizer.chat_template is None:
@@ -48,10 +62,6 @@ def encode_rows(
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end token. Set its eos_token.")
     examples, problems = [], []
     for row in rows:
-        forged = [token for token in tokenizer.all_special_tokens if token in row.instruction + row.input + row.output]
-        if forged:
-            problems.append(f"row {row.number}: contains the control token {forged[0]}; remove it")
-            continue
         example = encode_row(row, system_prompt, tokenizer)
         length = len(example.prompt_ids) + len(example.answer_ids)
         if length > max_length:

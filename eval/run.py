@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.chat import render_prompt
+from data.chat import render_prompt, user_text
 from data.errors import UserError, exit_codes
 from data.rows import Row, fail_on_bad_rows, read_rows
 from eval.check import Verdict, check_answer, number_asked
@@ -63,7 +63,7 @@ def ask(question: Question) -> tuple[list[str], int, float, int, int]:
     tokenizer = load_tokenizer(question.model, question.trust_remote_code)
     model = load_model(question.model, question.adapter, question.merge, question.trust_remote_code)
     peak_load = memory.peak()
-    prompts = [render_prompt(row, question.system_prompt, tokenizer) for row in question.rows]
+    prompts = [render_prompt(user_text(row), question.system_prompt, tokenizer) for row in question.rows]
     memory.reset()
     held = memory.now()
     with tqdm(total=len(prompts), desc=question.label, unit="prompt", disable=not sys.stderr.isatty()) as bar:

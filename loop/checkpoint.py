@@ -143,7 +143,8 @@ def _publish(folder: Path, write: Callable[[Path], None], accelerator: Accelerat
         beside = folder.with_name(f".{folder.name}.partial")
         try:
             shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
+            folder.parent.mkdir(exist_ok=True)  # but not its parents: a run folder that has vanished is an error
+            beside.mkdir()
             write(beside)
             for path in (*beside.iterdir(), beside):
                 _sync(path)

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batch import Window
-from data.errors import UserError
+from data.errors import RunError, UserError
 from loop.checkpoint import Checkpoint
 from loop.recipe import Recipe, recipe_as_dict
 from loop.step import StepResult
@@ -174,8 +174,11 @@ class Tracking:
             return
         self._show(step, metrics)
         values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}  # JSON has no inf
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise RunError(f"step {step}: {self.file.name} could not be written: {error}. Free space there.") from error
         if self.tracker is not None:
             self.tracker.jobs.put(partial(self.accelerator.log, dict(metrics), step=step))
 

@@ -59,18 +59,18 @@ class Difference:
         return all(getattr(self, name) <= getattr(other, name) for name in FIGURES)
 
 
-def write_rows(path: Path) -> Path:
+def write_rows(path: Path, count: int = NUM_ROWS) -> Path:
     """Real rows of the task, whose answers differ in length."""
     lines = (ROOT / "data" / "math" / "math_train_1798.json").read_text().splitlines()[1:]
-    path.write_text("\n".join(line.rstrip(",") for line in lines[:NUM_ROWS]))
+    path.write_text("\n".join(line.rstrip(",") for line in lines[:count]))
     return path
 
 
-def run_cell(cell: Cell, rows: Path, folder: Path) -> Run:
+def run_cell(cell: Cell, rows: Path, folder: Path, validation: str = "null") -> Run:
     micro = ROWS_PER_STEP // (cell.processes * cell.accum)
     return launch(
         CONFIGS / f"{cell.config}.yaml",
-        *("--data.train_file", str(rows), "--data.validation_file", "null", "--lora.dropout", "0"),
+        *("--data.train_file", str(rows), "--data.validation_file", validation, "--lora.dropout", "0"),
         *("--epochs", "1", "--log_every", "1", "--tracker", "null", "--optim.lr", str(PEAK)),
         *("--micro_batch_size", str(micro), "--grad_accum_steps", str(cell.accum)),
         *("--gradient_checkpointing", cell.checkpointing),

@@ -1,4 +1,4 @@
-"""The kill matrix: `python -m tests.faults --kills 100`.
+"""The kill matrix: `python -m tests.faults --kills 100` (about half an hour) writes docs/kills.md.
 
 Runs are killed by SIGKILL, one rank or all, at random times and in every phase of saving, and go on with
 --resume auto, until they come to their end. Then their adapter has to be that of a run nobody killed, to the bit.
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from data.errors import UserError
@@ -139,14 +140,43 @@ def kill_matrix(kills: int, seed: int, folder: Path) -> Figures:
     return figures
 
 
+def page(figures: Figures, seed: int) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate"))
+    rows = {
+        "kills": f"{figures.kills}, of {' and '.join(f'{n} of {whom} rank(s)' for whom, n in figures.whom.items())}",
+        "where": ", ".join(f"{phase} {n}" for phase, n in sorted(figures.phases.items())),
+        "resumes": figures.resumes,
+        "runs that came to their end after being killed": figures.runs,
+        "of them equal to the bit to a run nobody killed": figures.bit_equal,
+        f"most steps lost by a kill (saved every {SAVE_EVERY})": figures.most_steps_lost,
+        "checkpoints under their name that were not whole": figures.torn_checkpoints,
+    }
+    return "\n".join(
+        [
+            "# The kill matrix",
+            "",
+            f"Written by `python -m tests.faults --kills {figures.kills} --seed {seed}`,",
+            f"{time.strftime('%Y-%m-%d')}, on two CPU processes over gloo, with dropout;",
+            f"under {', '.join(STAGES)} in turn; {versions}.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows.items()),
+            "",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "kills.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = kill_matrix(args.kills, args.seed, Path(folder))
-    print(json.dumps(vars(figures), indent=2))
+    args.out.parent.mkdir(exist_ok=True)
+    args.out.write_text(page(figures, args.seed), encoding="utf-8")
     bad = figures.bit_equal != figures.runs or figures.torn_checkpoints or figures.most_steps_lost > SAVE_EVERY
     sys.exit(1 if bad else 0)
 

@@ -162,6 +162,8 @@ def test_what_resume_means(
         found("--resume", "auto")
     assert found("--resume", "auto", "--run_dir", "runs/tiny-1") is None
     assert "starting at step 0" in capsys.readouterr().out, "not silently"
+    for name in ("tiny-1", "other-1"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
     save(model, Path("runs/tiny-1"), 3)
     save(model, Path("runs/tiny-1"), 10)
     save(model, Path("runs/other-1"), 99)

@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from data.chat import render_prompt
-from data.rows import Row
 from data.sums import SYSTEM_PROMPT
 from eval.generate import PeakMemory, generate, load_model, load_tokenizer
 
@@ -45,7 +44,7 @@ def one_by_one(model: Any, tokenizer: Any, prompt: str, most: int) -> list[int]:
 def test_batched_is_one_by_one(adapter: Path, merge: bool) -> None:
     tokenizer = load_tokenizer(TINY)
     model = load_model(TINY, adapter, merge)
-    prompts = [render_prompt(Row(1, words, "", ""), SYSTEM_PROMPT, tokenizer) for words in WORDS]
+    prompts = [render_prompt(words, SYSTEM_PROMPT, tokenizer) for words in WORDS]
     expected = [one_by_one(model, tokenizer, prompt, 40) for prompt in prompts]
     for batch_size in (1, 4, 100):
         answers, num_tokens = generate(model, tokenizer, prompts, batch_size, 40)

@@ -79,6 +79,37 @@ def test_to_the_bit(name: str, processes: int, precision: str, whole: Any, tmp_p
     assert (resumed.folder / last).read_bytes() == (run.folder / last).read_bytes()
 
 
+def test_the_same_run_twice_is_the_same(whole: Any, tmp_path: Path) -> None:
+    first, second = whole("zero3", 2, "bf16", 0.2), train("zero3", tmp_path / "run", 2, "bf16", 0.2)
+    assert without_clock(first) == without_clock(second)
+    adapters = [(run.folder / "adapter" / "adapter_model.safetensors").read_bytes() for run in (first, second)]
+    assert adapters[0] == adapters[1]
+    dry = train("zero3", tmp_path / "dry", 2, "bf16", 0.0)
+    assert dry.series("train/loss") != first.series("train/loss"), "there was dropout"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--optim.lr", "1e-3"], "optim.lr: 0.003 then, 0.001 now"),
+        (["--lora.alpha", "16", "--epochs", "4"], "lora.alpha: 64 then, 16"),
+        (["--seed", "1"], "seed: 42 then, 1 now"),
+        (["--data.train_file", "data/math/math_eval_200.json"], "is not that of the run's file"),
+        (["--grad_accum_steps", "3"], "4 rows then, 3 now; keep it with --micro_batch_size 1 --grad_accum_steps 4"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_another_mathematics_is_refused(change: list[str], said: str, whole: Any, tmp_path: Path) -> None:
+    run = whole("single_cpu", 1, "no", 0.2)
+    cut(run, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    resumed = train("single_cpu", tmp_path / "run", 1, "no", 0.2, "--resume", "auto", *change)
+    assert resumed.code != 0
+    assert "this would not be the same run" in resumed.output
+    assert said in resumed.output
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before, "nothing is touched"
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -72,3 +72,15 @@ def test_adapter_is_whole_and_base_untouched(cell: Cell, train) -> None:  # type
         assert tensor.shape == {"lora_A": (8, d_in), "lora_B": (d_out, 8)}[which]
         assert torch.count_nonzero(tensor) > 0
         assert torch.equal(tuned.get_parameter(name.replace(".weight", ".default.weight")), tensor)
+
+
+@pytest.mark.parametrize("count", [1, 7, 33])
+def test_rows_that_nothing_divides(count: int, tmp_path: Path) -> None:
+    """On two processes with accumulation 4: no row is lost or repeated, each weighs what its label tokens do."""
+    rows = write_rows(tmp_path / "rows.jsonl", count)
+    run, judge = run_cell(Cell("zero3", 2, 4, "none"), rows, tmp_path / "run", str(rows)), reference(rows, "no")
+    assert run.code == 0, run.output
+    assert run.series("train/loss") == pytest.approx(judge.loss, rel=1e-5)
+    assert run.series("train/grad_norm") == pytest.approx(judge.grad_norm, rel=1e-5)
+    if len(judge.loss) == 1:  # its learning rate is 0, so validation sees the same model on the same rows
+        assert run.series("val/loss") == pytest.approx(judge.loss, rel=1e-5)
