@@ -25,6 +25,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.received:
+            return  # a launcher that sees one rank end stops the others, which are about to end by themselves
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -32,7 +34,7 @@ class StopSignals:
         if not self.received:
             self.received, self.when = number, time.monotonic()
         elif time.monotonic() - self.when > ECHO:
-            os._exit(128 + number)  # nothing complete is lost: a checkpoint appears by one rename
+            os._exit(128 + self.received)  # nothing complete is lost: a checkpoint appears by one rename
 
     def agreed(self) -> int:
         """The signal that any rank has received, or 0; collective, the same on every rank."""
