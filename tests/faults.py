@@ -143,7 +143,7 @@ def kill_matrix(kills: int, seed: int, folder: Path) -> Figures:
 def page(figures: Figures, seed: int) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate"))
     rows = {
-        "kills": f"{figures.kills}, of {' and '.join(f'{n} of {whom} rank(s)' for whom, n in figures.whom.items())}",
+        "kills": f"{figures.kills}: {figures.whom['one']} of one rank, {figures.whom['all']} of all",
         "where": ", ".join(f"{phase} {n}" for phase, n in sorted(figures.phases.items())),
         "resumes": figures.resumes,
         "runs that came to their end after being killed": figures.runs,
