@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -40,3 +40,25 @@ def _leave(code: int, text: str) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def end_process(main: Callable[[Sequence[str]], None]) -> None:
+    """Calls main with the command line, and ends with its exit code but without Python's own shutdown.
+
+    In that, a thread of gloo or autograd that still lets go of a tensor aborts a process whose work is done
+    (pytorch/pytorch#190489), and a tracker's exit hook may wait for a network. So no exit hook runs, and main leaves
+    everything written. A debugger keeps Python's way, and with it its look at an exception.
+    """
+    if sys.gettrace() is not None:
+        return main(sys.argv[1:])
+    code: object = 0
+    try:
+        main(sys.argv[1:])
+    except SystemExit as leaving:
+        code = leaving.code
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)

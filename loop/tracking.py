@@ -1,6 +1,5 @@
 """What is written while a run goes on: metrics.jsonl, a tracker, a progress bar."""
 
-import atexit
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batch import Window
-from data.errors import RunError, UserError
+from data.errors import RunError, Stopped, UserError
 from loop.checkpoint import Checkpoint
 from loop.recipe import Recipe, recipe_as_dict
 from loop.step import StepResult
@@ -75,6 +74,7 @@ class TrackerThread:
     """
 
     PATIENCE = 30.0  # seconds, at the end of a run, for a tracker that has worked so far
+    HASTE = 0.5  # seconds, for one that never started, or where the run itself failed
 
     def __init__(self, start: Callable[[], None], finish: Callable[[], None], say: Callable[[str], None]) -> None:
         self.finish, self.say = finish, say
@@ -95,23 +95,16 @@ class TrackerThread:
         finally:
             self.started.set()
 
-    def close(self) -> None:
-        """Waits until everything is handed over: half a minute at most, half a second where nothing ever was."""
+    def close(self, haste: bool = False) -> None:
+        """Waits until everything is handed over."""
         self.jobs.put(None)
-        self.thread.join(self.PATIENCE if self.started.is_set() else 0.5)
+        self.thread.join(self.PATIENCE if self.started.is_set() and not haste else self.HASTE)
         if self.thread.is_alive():
             self.say("warning: the tracker did not come to an end and is left behind")
-            atexit.register(_leave)  # runs before the tracker's own exit hooks, which would wait for it
-
-
-def _leave() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 class Tracking:
-    """Writes metrics on rank 0 and nothing on the others.
+    """Writes metrics on rank 0 and nothing on the others, while the context is open.
 
     metrics.jsonl is the source of truth, flushed at every log. The recipe's tracker gets the same.
     """
@@ -137,6 +130,17 @@ class Tracking:
             self.tracker = TrackerThread(start, self._finish_tracker, self.say)
             if os.environ.get("SWANLAB_MODE", "offline") == "offline":
                 self.tracker.started.wait(TrackerThread.PATIENCE)  # no network in between: let it begin with the run
+
+    def __enter__(self) -> "Tracking":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.tracker is not None:
+            self.tracker.close(haste=not isinstance(error, Stopped | None))
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            self.file.close()
 
     def _start_tracker(self, name: str, recipe: Recipe, run_dir: Path) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
@@ -193,14 +197,6 @@ class Tracking:
         left = (time.monotonic() - self.started) / max(step - self.first_step, 1) * (total - step)
         values = "  ".join(f"{key} {value}" for key, value in short.items())
         print(f"step {step}/{total}  {values}  {left:.0f} s left", flush=True)
-
-    def close(self) -> None:
-        if self.tracker is not None:
-            self.tracker.close()
-        if self.bar is not None:
-            self.bar.close()
-        if self.file is not None:
-            self.file.close()
 
 
 def tracker_config(recipe: Recipe) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 accelerate launch --config_file accel_configs/zero3.yaml loop/train.py [--config RECIPE] [--KEY VALUE …]
 """
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from data.batch import empty_window, epoch_order, num_windows, windows
-from data.errors import Stopped, exit_codes
+from data.errors import Stopped, end_process, exit_codes
 from loop.build import (
     Data,
     build_data,
@@ -57,14 +56,16 @@ def main(argv: Sequence[str]) -> None:
 
     if accelerator.is_main_process:
         write_json(run_dir / "deepspeed_config.json", getattr(accelerator, "deepspeed_config", {}))
-    tracking = Tracking(recipe, run_dir, checkpoint.step if checkpoint else 0, total_steps, accelerator)
-    tracking.say(overview(recipe, data, model, run_dir, total_steps, accelerator))
-    with StopSignals(accelerator) as signals, Watch(recipe.rank_timeout, accelerator) as watch:
+    with (
+        Tracking(recipe, run_dir, checkpoint.step if checkpoint else 0, total_steps, accelerator) as tracking,
+        StopSignals(accelerator) as signals,
+        Watch(recipe.rank_timeout, accelerator) as watch,
+    ):
+        tracking.say(overview(recipe, data, model, run_dir, total_steps, accelerator))
         fit(recipe, data, model, optimizer, lr_scheduler, checkpoint, run_dir, tracking, signals, watch, accelerator)
         save_adapter(unwrap(model, accelerator), run_dir / "adapter", accelerator)
-    tracking.say(f"adapter: {run_dir / 'adapter'}")
+        tracking.say(f"adapter: {run_dir / 'adapter'}")
     accelerator.state.destroy_process_group()
-    tracking.close()
 
 
 def fit(
@@ -137,4 +138,4 @@ def fit(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    end_process(main)

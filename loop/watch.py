@@ -32,6 +32,7 @@ class Watch:
         self.step = 0  # the caller's, for the message
         self.parent = os.getppid()
         self.over = threading.Event()
+        self.thread = threading.Thread(target=self._work, daemon=True)
         self.pids: list[int] = gather_object([os.getpid()])  # collective
         one_machine = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
         self.active = accelerator.num_processes > 1 and one_machine
@@ -44,15 +45,20 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self.active:
-            threading.Thread(target=self._work, daemon=True).start()
+            self.thread.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.over.set()
         if not self.active:
             return
-        if error is None or isinstance(error, RunError | Stopped):  # all ranks leave alike
+        self.thread.join()
+        if error is None or isinstance(error, RunError | Stopped):  # all ranks leave alike, though not at once
+            self._say("done")
             if self.rank == 0:
+                deadline = time.monotonic() + self.timeout
+                while not all(map(self._is_done, range(len(self.pids)))) and time.monotonic() < deadline:
+                    time.sleep(BEAT / 10)
                 self._clear()
             return
         deadline = time.monotonic() + 4 * BEAT
@@ -73,15 +79,27 @@ class Watch:
     def _beat(self) -> None:
         # A debugger halts all threads of its process for as long as somebody thinks.
         debugged = "debugpy" in sys.modules or "pydevd" in sys.modules
-        (self.folder / str(self.rank)).write_text("debugged" if debugged else "alive")
+        self._say("debugged" if debugged else "alive")
+
+    def _say(self, word: str) -> None:
+        with contextlib.suppress(OSError):
+            (self.folder / str(self.rank)).write_text(word)
+
+    def _heard(self, rank: int) -> str:
+        try:
+            return (self.folder / str(rank)).read_text()
+        except OSError:  # another rank is at its end and has cleared up
+            return ""
+
+    def _is_done(self, rank: int) -> bool:
+        return self._heard(rank) == "done" or not _lives(self.pids[rank])
 
     def _work(self) -> None:
         while True:
             before = time.time()
             if self.over.wait(BEAT):
                 return
-            with contextlib.suppress(OSError):
-                self._beat()
+            self._beat()
             if time.time() - before > 4 * BEAT:  # this rank was halted itself: let the others beat first
                 continue
             problem = self._gone() or self._frozen()
@@ -92,7 +110,7 @@ class Watch:
 
     def _gone(self) -> str | None:
         for rank, pid in enumerate(self.pids):
-            if not _lives(pid):
+            if not _lives(pid) and self._heard(rank) != "done":
                 return f"step {self.step + 1}: rank {rank} (process {pid}) died. Go on with --resume."
         return None
 
@@ -100,10 +118,9 @@ class Watch:
         for rank, pid in enumerate(self.pids):
             try:
                 silent = time.time() - (self.folder / str(rank)).stat().st_mtime
-                debugged = (self.folder / str(rank)).read_text() == "debugged"
-            except OSError:  # removed by rank 0, which is at its end
+            except OSError:
                 continue
-            if silent > self.timeout and not debugged:
+            if silent > self.timeout and self._heard(rank) not in ("debugged", "done"):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 return (

@@ -28,33 +28,32 @@ def track(tmp_path: Path, tracker: str) -> Tracking:
 
 
 def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
-    tracking = track(tmp_path, "null")
-    tracking.log(1, {"train/loss": 2.0})
-    tracking.log(2, {"train/loss": 1.0, "val/loss": 3.0})
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0, "val/loss": 3.0}]
-    tracking.log(3, {"train/loss": 1.0, "train/grad_norm": math.inf, "val/loss": math.nan})
-    last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
-    assert last == '{"step": 3, "train/loss": 1.0, "train/grad_norm": null, "val/loss": null}', "JSON, for any reader"
-    tracking.close()
+    with track(tmp_path, "null") as tracking:
+        tracking.log(1, {"train/loss": 2.0})
+        tracking.log(2, {"train/loss": 1.0, "val/loss": 3.0})
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert lines == [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0, "val/loss": 3.0}]
+        tracking.log(3, {"train/loss": 1.0, "train/grad_norm": math.inf, "val/loss": math.nan})
+        last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+        assert last == '{"step": 3, "train/loss": 1.0, "train/grad_norm": null, "val/loss": null}', (
+            "JSON for any reader"
+        )
 
 
 def test_a_tracker_that_is_not_there_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tracking = track(tmp_path, "no_such_tracker")
-    for step in (1, 2, 3):
-        tracking.log(step, {"train/loss": 1.0})
-    tracking.close()
+    with track(tmp_path, "no_such_tracker") as tracking:
+        for step in (1, 2, 3):
+            tracking.log(step, {"train/loss": 1.0})
     assert capsys.readouterr().out.count("warning: the tracker stopped") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_tracker_that_breaks_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tracking = track(tmp_path, "null")
-    tracking.tracker = TrackerThread(lambda: None, lambda: None, tracking.say)
-    tracking.accelerator.log = lambda *args, **kwargs: 1 / 0
-    for step in (1, 2, 3):
-        tracking.log(step, {"train/loss": 1.0})
-    tracking.close()
+    with track(tmp_path, "null") as tracking:
+        tracking.tracker = TrackerThread(lambda: None, lambda: None, tracking.say)
+        tracking.accelerator.log = lambda *args, **kwargs: 1 / 0
+        for step in (1, 2, 3):
+            tracking.log(step, {"train/loss": 1.0})
     assert capsys.readouterr().out.count("division by zero") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -73,14 +72,17 @@ def test_a_tracker_that_hangs_is_left_behind(where: str) -> None:
     """A whole process, because hanging goes on in the tracker's own hook at the end of it."""
     script = f"""
 import atexit, threading
+from data.errors import end_process
 from loop.tracking import TrackerThread
 hang = threading.Event().wait
 atexit.register(hang)
 TrackerThread.PATIENCE = 0.5
-tracker = TrackerThread(*(hang if name == {where!r} else print for name in ("start", "finish")), print)
-tracker.jobs.put(hang if {where!r} == "log" else print)
-tracker.close()
-print("closed")
+def main(argv):
+    tracker = TrackerThread(*(hang if name == {where!r} else print for name in ("start", "finish")), print)
+    tracker.jobs.put(hang if {where!r} == "log" else print)
+    tracker.close()
+    print("closed")
+end_process(main)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -5,14 +5,14 @@ KILL="<phase> <count> <whom>": at the count-th time that rank 0 comes to the pha
 
 import os
 import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import loop.checkpoint
 import loop.train
+from data.errors import end_process
 
 PHASES = {  # of saving, in order: what is about to be called
     "gather adapter": (loop.checkpoint, "gather_adapter"),
@@ -56,16 +56,16 @@ def killing(call: Callable[..., Any], count: int, whom: str) -> Callable[..., An
     return counted
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     plan = os.environ.get("KILL")
     if not plan or os.environ.get("RANK") != "0":
-        loop.train.main(sys.argv[1:])
+        loop.train.main(argv)
         return
     phase, count, whom = plan.rsplit(" ", 2)
     owner, name = PHASES[phase]
     with patch.object(owner, name, killing(getattr(owner, name), int(count), whom)):
-        loop.train.main(sys.argv[1:])
+        loop.train.main(argv)
 
 
 if __name__ == "__main__":
-    main()
+    end_process(main)

@@ -5,7 +5,7 @@ holds, for which every rank gathers all weights (a tiny model's).
 """
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import loop.train
+from data.errors import end_process
 from loop.checkpoint import save_adapter
 from loop.engine import prepare
 from loop.recipe import parse_recipe
@@ -49,7 +50,7 @@ def facts(model: Any, optimizer: Any) -> dict[str, str]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     known: dict[str, str] = {}
 
     def prepare_and_look(*args: Any) -> Any:
@@ -61,14 +62,14 @@ def main() -> None:
         save_adapter(model, folder, accelerator)
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             if accelerator.is_main_process:
-                different = base_differences(model, Path(parse_recipe(sys.argv[1:])[1].model.name_or_path))
+                different = base_differences(model, Path(parse_recipe(argv)[1].model.name_or_path))
                 count = sum(not parameter.requires_grad for parameter in model.parameters())
                 (folder.parent / "engine.json").write_text(json.dumps(known))
                 (folder.parent / "base_check.json").write_text(json.dumps({"different": different, "compared": count}))
 
     with patch("loop.train.save_adapter", save_and_check), patch("loop.train.prepare", prepare_and_look):
-        loop.train.main(sys.argv[1:])
+        loop.train.main(argv)
 
 
 if __name__ == "__main__":
-    main()
+    end_process(main)
