@@ -26,10 +26,19 @@ def user_text(row: Row) -> str:
 
 
 def render_prompt(user: str, system_prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat turns as text, up to where the assistant begins to answer what `user` says."""
+    """The chat turns as text, up to where the assistant begins to answer what `user` says.
+
+    Raises UserError when the tokenizer's chat template does not work.
+    """
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": user})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # the template is a program that came with the model: anything may be raised in it
+        raise UserError(
+            f"{tokenizer.name_or_path}: its chat template fails: {error}. Correct it; if it wants no system turn, "
+            "leave data.system_prompt empty."
+        ) from error
 
 
 def encode_row(row: Row, system_prompt: str, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -54,14 +63,25 @@ def encode_rows(
     """Every row as an Example of at most `max_length` tokens, prompt, answer and end token together.
 
     Raises UserError, naming the rows of the file `path`, when a row is longer (nothing is cut off), and
-    when the tokenizer has no chat template or no end token.
+    when the tokenizer has no chat template, one that fails or leaves the user out, or no end token.
     """
     if tokenizer.chat_template is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template. Use an Instruct model.")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end token. Set its eos_token.")
+    if render_prompt(PLACE, system_prompt, tokenizer).count(PLACE) != 1:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its chat template does not show what the user says once. Correct it."
+        )
+    most = max_length * max(len(token) for token in tokenizer.get_vocab())  # characters in max_length tokens
     examples, problems = [], []
     for row in rows:
+        characters = len(user_text(row)) + len(row.output)
+        if characters > most:  # sure to be too long, and maybe too much for the tokenizer
+            problems.append(
+                f"row {row.number}: {characters:,} characters; shorten it or raise data.max_length ({max_length})"
+            )
+            continue
         example = encode_row(row, system_prompt, tokenizer)
         length = len(example.prompt_ids) + len(example.answer_ids)
         if length > max_length:

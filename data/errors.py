@@ -1,10 +1,14 @@
 """How a command ends that cannot go on: one message and an exit code, no traceback."""
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
+
+SECONDS_TO_SPEAK = 10.0  # at most, for rank 0
 
 
 class UserError(ValueError):
@@ -37,8 +41,12 @@ def exit_codes() -> Iterator[None]:
 
 
 def _leave(code: int, text: str) -> NoReturn:
+    """Rank 0 speaks and goes first, because a launcher ends the others by SIGTERM as soon as one is gone."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
+    elif SECONDS_TO_SPEAK:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
+        time.sleep(SECONDS_TO_SPEAK)
     sys.exit(code)
 
 

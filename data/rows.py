@@ -1,6 +1,7 @@
 """Reads alpaca rows (instruction, optional input, output) from a JSON array or a JSONL file."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +52,17 @@ def read_rows(path: Path) -> list[Row]:
 
 def _values(path: Path) -> Iterator[tuple[int, Any, str | None]]:
     """(row number, decoded value, None) of each row; (row number, None, what is wrong) where it is no JSON."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe may block for ever, and is read only once
+        raise UserError(f"{path}: is not a file. Give the path of a .json or .jsonl file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}). Give the path of a .json or .jsonl file."
-        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        said = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{str(path)[:200]}: cannot be read ({said}). Give the path of a .json or .jsonl file."
+        ) from error
     if text.lstrip().startswith("["):
         values, problem = _decode(text, 1)
         if problem:

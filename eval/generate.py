@@ -37,7 +37,12 @@ def load_model(
     """
     transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, dtype="auto", trust_remote_code=trust_remote_code)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        name_or_path,
+        dtype="auto",
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,  # the other format is pickle, which can run code
+    )
     model = model.to(device)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))

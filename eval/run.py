@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data.chat import render_prompt, user_text
@@ -19,6 +20,8 @@ from data.errors import UserError, exit_codes
 from data.rows import Row, fail_on_bad_rows, read_rows
 from eval.check import Verdict, check_answer, number_asked
 from eval.generate import PeakMemory, generate, load_model, load_tokenizer, timed
+from loop.build import build_tokenizer, check_model
+from loop.checkpoint import ADAPTER
 from loop.recipe import ROOT, find_model, find_path, parse_recipe
 from loop.run_folder import write_json
 
@@ -131,7 +134,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def questions(args: argparse.Namespace) -> list[Question]:
     """One for each model to ask; UserError when the run, the recipe, the model or the rows are not there."""
     if args.run:
-        for file in ("recipe.yaml", "adapter/adapter_model.safetensors"):
+        for file in ("recipe.yaml", f"adapter/{ADAPTER}"):
             if not (args.run / file).is_file():
                 raise UserError(f"--run {args.run}: no {file} in there. Give the folder of a finished training.")
     recipe = parse_recipe(["--config", str(args.run / "recipe.yaml" if args.run else args.config)])[1]
@@ -142,7 +145,9 @@ def questions(args: argparse.Namespace) -> list[Question]:
     )
     adapters = {"base": None, "tuned": args.run / "adapter"} if args.run else {"base": None}
     model = find_model(recipe.model.name_or_path)
-    load_tokenizer(model, recipe.model.trust_remote_code)  # fails here rather than in a worker
+    check_model(recipe, build_tokenizer(recipe))  # fails here rather than in a worker
+    if args.run:
+        _check_adapter(args.run / "adapter" / ADAPTER)
     return [
         Question(
             label=label,
@@ -157,6 +162,13 @@ def questions(args: argparse.Namespace) -> list[Question]:
         )
         for label, adapter in adapters.items()
     ]
+
+
+def _check_adapter(file: Path) -> None:
+    try:
+        load_file(file)
+    except Exception as error:  # safetensors has an exception of its own
+        raise UserError(f"{file}: cannot be read: {error}. Copy it anew, or train once more.") from error
 
 
 def _not_a_question(row: Row) -> str | None:

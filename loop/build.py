@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -31,11 +32,14 @@ class Data:
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Raises UserError when there is none to open."""
     name = find_model(recipe.model.name_or_path)
+    said = f"model.name_or_path {name}: no tokenizer could be opened"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name_or_path {name}: no tokenizer could be opened: {error}") from error
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(f"{said}: {_reason(error)}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made from nothing, where a model's type is known
+        raise UserError(f"{said}: its files are missing. Copy the model anew.")
     return tokenizer
 
 
@@ -51,37 +55,65 @@ def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     return Data(load(recipe.data.train_file), validation, int(pad))
 
 
-def build_model(recipe: Recipe, accelerator: Accelerator) -> PeftModel:
-    """The base model, frozen, with fresh LoRA adapters. Every rank enters: at stage 3 rank 0 reads and shares.
+def _reason(error: Exception) -> str:
+    """An error of another library in a few words; of a KeyError the text alone says nothing."""
+    return f"{type(error).__name__}: {str(error)[:500]}"
 
-    Raises UserError when the model cannot be opened or a LoRA target names no linear layer in it.
+
+def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Opens the model without its weights, each process for itself, so that all of them come to the same verdict.
+
+    Later, at stage 3, rank 0 alone reads the weights, and what is wrong with them would leave the others waiting.
+    Raises UserError when it cannot be opened, when weights are missing or of another shape, when there are
+    fewer embeddings than the tokenizer has tokens, and when a LoRA target names no linear layer in it.
     """
     name = find_model(recipe.model.name_or_path)
-    transformers.utils.logging.disable_progress_bar()
+    said = f"model.name_or_path {name}: "
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # what it would print is in `found`
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=WEIGHT_DTYPES[mixed_precision(accelerator)],
-            attn_implementation=recipe.model.attn_implementation,
-            trust_remote_code=recipe.model.trust_remote_code,
-            use_safetensors=True,  # the other format is pickle, which can run code
+        model, found = _open_model(
+            recipe, device_map={"": "meta"}, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model.name_or_path {name}: the model could not be opened: {error}") from error
-    base.config.use_cache = False  # a cache is of no use in training
-    if recipe.gradient_checkpointing != "none":
-        reentrant = recipe.gradient_checkpointing == "reentrant"
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-        if reentrant:  # it computes gradients only for segments one of whose inputs wants one
-            base.enable_input_require_grads()
-    missing = [
-        target
-        for target in recipe.lora.target_modules
-        if not any(path.rpartition(".")[2] == target for path, _ in base.named_modules())
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(f"{said}the model could not be opened: {_reason(error)}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    wrong = [f"{key} is missing" for key in sorted(found["missing_keys"])]
+    wrong += [
+        f"{key} is {tuple(has)} instead of {tuple(needs)}" for key, has, needs in sorted(found["mismatched_keys"])
     ]
+    if wrong:
+        raise UserError(
+            f"{said}{len(wrong)} of its weights do not fit its config.json, first {wrong[0]}. Copy it anew."
+        )
+    embeddings = model.get_input_embeddings().num_embeddings
+    if embeddings < len(tokenizer):
+        raise UserError(
+            f"{said}its vocabulary has {embeddings} tokens and its tokenizer {len(tokenizer)}. Copy it anew."
+        )
+    layers = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    missing = [target for target in recipe.lora.target_modules if target not in layers]
     if missing:
         raise UserError(f"lora.target_modules: {name} has no layers named {', '.join(missing)}.")
-    lora = LoraConfig(
+    try:
+        get_peft_model(model, _lora_config(recipe))
+    except Exception as error:  # PEFT has several for what it cannot adapt
+        raise UserError(f"lora.target_modules: {name} cannot get such adapters: {_reason(error)}") from error
+
+
+def _open_model(recipe: Recipe, **how: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        find_model(recipe.model.name_or_path),
+        attn_implementation=recipe.model.attn_implementation,
+        trust_remote_code=recipe.model.trust_remote_code,
+        use_safetensors=True,  # the other format is pickle, which can run code
+        **how,
+    )
+
+
+def _lora_config(recipe: Recipe) -> LoraConfig:
+    return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=recipe.model.name_or_path,
         r=recipe.lora.rank,
@@ -89,11 +121,23 @@ def build_model(recipe: Recipe, accelerator: Accelerator) -> PeftModel:
         lora_dropout=recipe.lora.dropout,
         target_modules=list(recipe.lora.target_modules),
     )
+
+
+def build_model(recipe: Recipe, accelerator: Accelerator) -> PeftModel:
+    """The base model, frozen, with fresh LoRA adapters. Every rank enters: at stage 3 rank 0 reads and shares."""
+    transformers.utils.logging.disable_progress_bar()
+    base = _open_model(recipe, dtype=WEIGHT_DTYPES[mixed_precision(accelerator)])
+    base.config.use_cache = False  # a cache is of no use in training
+    if recipe.gradient_checkpointing != "none":
+        reentrant = recipe.gradient_checkpointing == "reentrant"
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:  # it computes gradients only for segments one of whose inputs wants one
+            base.enable_input_require_grads()
     set_seed(recipe.seed)  # here, so that the initial adapters do not depend on how the base was loaded
     # Under DeepSpeed the adapters have the base's dtype at every stage and the fp32 masters live in the
     # optimizer. Without DeepSpeed there are no masters, so the adapters themselves are fp32.
     under_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    model = get_peft_model(base, lora, autocast_adapter_dtype=not under_deepspeed)
+    model = get_peft_model(base, _lora_config(recipe), autocast_adapter_dtype=not under_deepspeed)
     assert isinstance(model, PeftModel)
     return model
 

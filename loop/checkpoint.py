@@ -17,19 +17,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.errors import RunError, UserError
-from loop.optimizer_state import gather_optimizer, shape_of, trainable_parameters
+from loop.engine import on_main_process
+from loop.optimizer_state import MOMENTS, gather_optimizer, shape_of, trainable_parameters
 
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 MANIFEST = "manifest.json"
+WRITTEN = {ADAPTER, OPTIMIZER, STATE, "adapter_config.json", "README.md"}  # the last two by PEFT
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def unwrap(model: torch.nn.Module, accelerator: Accelerator) -> PeftModel:
 def save_adapter(model: PeftModel, folder: Path, accelerator: Accelerator) -> None:
     """Writes the adapter to `folder` in PEFT's format; every rank enters. Raises RunError when it cannot be written."""
     tensors = gather_adapter(model, accelerator)
-    _publish(folder, lambda beside: _write_adapter(model, tensors, beside), accelerator)
+    on_main_process(lambda: _publish(folder, lambda beside: _write_adapter(model, tensors, beside)), accelerator)
 
 
 def save_checkpoint(
@@ -93,9 +95,11 @@ def save_checkpoint(
         manifest = {path.name: _fingerprint(path) for path in sorted(beside.iterdir())}
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
-    _publish(folder, write, accelerator)
-    if accelerator.is_main_process:
+    def publish() -> None:
+        _publish(folder, write)
         _delete_old(run_dir, save_total_limit, resumed_from)
+
+    on_main_process(publish, accelerator)
     return folder
 
 
@@ -136,32 +140,30 @@ def check_adapter(file: Path, expected: dict[str, Tensor]) -> None:
             raise RuntimeError(f"{file}: {name} {tuple(tensor.shape)} is empty, not finite or not what was written")
 
 
-def _publish(folder: Path, write: Callable[[Path], None], accelerator: Accelerator) -> None:
-    """Rank 0 writes a folder beside, syncs it to the disk and renames it to `folder`; every rank enters."""
-    failure: list[str | None] = [None]
-    if accelerator.is_main_process:
-        beside = folder.with_name(f".{folder.name}.partial")
-        try:
-            shutil.rmtree(beside, ignore_errors=True)
-            folder.parent.mkdir(exist_ok=True)  # but not its parents: a run folder that has vanished is an error
-            beside.mkdir()
-            write(beside)
-            for path in (*beside.iterdir(), beside):
-                _sync(path)
-            old = folder.with_name(f".{folder.name}.old.partial")
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():  # a step that was learned again after resuming from an earlier one
-                folder.rename(old)
-            beside.rename(folder)
-            _sync(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        except Exception as error:  # safetensors has an exception of its own for a full disk
-            shutil.rmtree(beside, ignore_errors=True)
-            free = f"{shutil.disk_usage(_existing(folder)).free / 1e6:,.0f} MB are free there"
-            failure = [f"{folder} could not be written: {error}. Earlier checkpoints are intact; {free}."]
-    broadcast_object_list(failure)  # collective: a disk that is full on rank 0 has to stop all
-    if failure[0] is not None:
-        raise RunError(failure[0])
+def _publish(folder: Path, write: Callable[[Path], None]) -> None:
+    """Writes a folder beside, syncs it to the disk and renames it to `folder`. RunError when that fails."""
+    beside = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        folder.parent.mkdir(exist_ok=True)  # but not its parents: a run folder that has vanished is an error
+        beside.mkdir()
+        write(beside)
+        for path in (*beside.iterdir(), beside):
+            _sync(path)
+        old = folder.with_name(f".{folder.name}.old.partial")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():  # a step that was learned again after resuming from an earlier one
+            folder.rename(old)
+        beside.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        shutil.rmtree(beside, ignore_errors=True)
+        free = f"{shutil.disk_usage(_existing(folder)).free / 1e6:,.0f} MB are free there"
+        raise RunError(
+            f"{folder} could not be written: {error}. Earlier checkpoints are intact; {free}. Free space or make it "
+            "writable, then go on with --resume."
+        ) from error
 
 
 def delete_leftovers(run_dir: Path) -> None:
@@ -202,12 +204,26 @@ def _delete_old(run_dir: Path, save_total_limit: int, resumed_from: Checkpoint |
         keep.add(min(losses, key=lambda folder: losses[folder]))
     for folder in folders:
         if folder not in keep:
-            shutil.rmtree(folder)
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Takes its name away first, so that a kill in between leaves no half of it under that name."""
+    old = folder.with_name(f".{folder.name}.old.partial")
+    try:
+        folder.rename(old)
+        shutil.rmtree(old)
+    except OSError as error:
+        raise RunError(f"{folder} is old and could not be deleted: {error}. Make it writable.") from error
 
 
 def _val_loss(folder: Path) -> float | None:
-    loss: float | None = json.loads((folder / STATE).read_text(encoding="utf-8")).get("val_loss")
-    return loss
+    """None where it is not known, and of a folder that is damaged."""
+    try:
+        loss = json.loads((folder / STATE).read_text(encoding="utf-8"))["val_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return loss if isinstance(loss, float) else None
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -215,8 +231,42 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     wrong = _damage(folder)
     if wrong:
         raise UserError(f"checkpoint {folder}: {wrong}. Resume from another one, or start a new run.")
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return Checkpoint(folder, state, load_file(folder / ADAPTER), load_file(folder / OPTIMIZER))
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        checkpoint = Checkpoint(folder, state, load_file(folder / ADAPTER), load_file(folder / OPTIMIZER))
+    except Exception as error:  # signed by another hand; safetensors has an exception of its own
+        raise UserError(f"checkpoint {folder}: its files cannot be read: {error}. Resume from another one.") from error
+    wrong = _nonsense(checkpoint)
+    if wrong:
+        raise UserError(f"checkpoint {folder}: {wrong}. Resume from another one.")
+    return checkpoint
+
+
+def _nonsense(checkpoint: Checkpoint) -> str | None:
+    """What this program never writes, in files that the manifest vouches for, or None."""
+    state = checkpoint.state
+    for name, tensors in ((ADAPTER, checkpoint.adapter), (OPTIMIZER, checkpoint.optimizer)):
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                return f"{name}: {key} is not finite"
+    try:
+        nlls, tokens = (state["interval"] or {"nlls": [0.0], "num_label_tokens": 0}).values()
+        run = state["run"]
+        ok = (
+            all(type(count) is int for count in (state["step"], state["updates"], run["rows_per_step"], tokens))
+            and 0 <= state["updates"] <= state["step"]
+            and run["rows_per_step"] > 0
+            and tokens >= 0
+            and len(nlls) > 0
+            and all(type(nll) is float for nll in nlls)
+            and isinstance(state["val_loss"], float | None)
+            and isinstance(run["recipe"], dict)
+            and isinstance(run["train_file_sha256"], str)
+            and isinstance(run["mixed_precision"], str)
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        ok = False
+    return None if ok else f"{STATE} is not one of this program's"
 
 
 def _damage(folder: Path) -> str | None:
@@ -232,8 +282,9 @@ def _damage(folder: Path) -> str | None:
     if missing:
         return f"{MANIFEST} does not name {', '.join(sorted(missing))}"
     found = {path.name for path in folder.iterdir()} - {MANIFEST}
-    if found - expected.keys():
-        return f"holds files that were not written by this program: {', '.join(sorted(found - expected.keys()))}"
+    foreign = (found | expected.keys()) - WRITTEN | (found - expected.keys())
+    if foreign:
+        return f"holds files that were not written by this program: {', '.join(sorted(foreign))}"
     for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():
@@ -246,18 +297,30 @@ def _damage(folder: Path) -> str | None:
 
 
 def restore_adapter(checkpoint: Checkpoint | None, model: PeftModel, accelerator: Accelerator) -> None:
-    """Copies the checkpoint's adapter into `model`; every rank enters. Raises UserError when it is another model's."""
+    """Copies the checkpoint's adapter into `model`; every rank enters.
+
+    Raises UserError when adapter or optimizer are another model's.
+    """
     if checkpoint is None:
         return
-    parameters = get_peft_model_state_dict(model, state_dict=trainable_parameters(model))
-    shapes = {name: tuple(shape_of(parameter)) for name, parameter in parameters.items()}
-    saved = {name: tuple(tensor.shape) for name, tensor in checkpoint.adapter.items()}
-    if shapes != saved:
-        other = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))[0]
-        raise UserError(
-            f"checkpoint {checkpoint.folder}: belongs to another model: {other} is {saved.get(other, 'absent')} "
-            f"there and {shapes.get(other, 'absent')} here. Give the model and lora of its run."
-        )
+    trainable = trainable_parameters(model)
+    parameters = get_peft_model_state_dict(model, state_dict=trainable)
+    has_masters = any(name.startswith("master.") for name in checkpoint.optimizer)
+    keys = (*MOMENTS, "master") if has_masters else MOMENTS
+    states = {f"{key}.{name}": parameter for key in keys for name, parameter in trainable.items()}
+    for file, here, there in (
+        (ADAPTER, parameters, checkpoint.adapter),
+        (OPTIMIZER, states, checkpoint.optimizer),
+    ):
+        shapes = {name: tuple(shape_of(parameter)) for name, parameter in here.items()}
+        saved = {name: tuple(tensor.shape) for name, tensor in there.items()}
+        if shapes != saved:
+            other = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))[0]
+            raise UserError(
+                f"checkpoint {checkpoint.folder}: {file} belongs to another model: {other} is "
+                f"{saved.get(other, 'absent')} there and {shapes.get(other, 'absent')} here. "
+                "Give the model and lora of its run."
+            )
     with gathered(list(parameters.values()), accelerator, modifier_rank=0), torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(checkpoint.adapter[name])

@@ -23,6 +23,7 @@ def deepspeed_config(recipe: Recipe, num_processes: int) -> dict[str, Any]:
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     config = _config_from_launcher() if file == "none" else _read_json(find_path(file))
     where = "the accelerate YAML" if file == "none" else f"deepspeed_config_file {file}"
+    _check_zero(config["zero_optimization"], where)
     _fill_from_recipe(config, recipe, num_processes, where)
     if file == "none":  # these fields are in `config` now; accelerate would take them for a second opinion
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
@@ -36,6 +37,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"deepspeed_config_file {path} of the accelerate YAML: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
         raise UserError(f"deepspeed_config_file {path}: needs an object zero_optimization with the stage.")
+    for block in ("bf16", "fp16"):
+        if not isinstance(config.get(block, {}), dict):
+            raise UserError(f"deepspeed_config_file {path}: {block} has to be an object with enabled: true or false.")
     for block, owner in (("optimizer", "optim in the recipe"), ("scheduler", "optim.warmup_ratio in the recipe")):
         if block in config:
             raise UserError(f"deepspeed_config_file {path}: remove the block {block!r}; {owner} owns it.")
@@ -48,7 +52,10 @@ def _config_from_launcher() -> dict[str, Any]:
     def said(name: str, default: str) -> str:
         return os.environ.get(f"ACCELERATE_{name}", default)
 
-    zero: dict[str, Any] = {"stage": int(said("DEEPSPEED_ZERO_STAGE", "2"))}
+    stage = said("DEEPSPEED_ZERO_STAGE", "2")
+    if stage not in ("0", "1", "2", "3"):
+        raise UserError(f"the accelerate YAML says zero_stage: {stage}. Give 0, 1, 2 or 3.")
+    zero: dict[str, Any] = {"stage": int(stage)}
     for part, lowest_stage in (("OPTIMIZER", 1), ("PARAM", 3)):
         device = said(f"DEEPSPEED_OFFLOAD_{part}_DEVICE", "none")
         if device == "none":
@@ -74,6 +81,18 @@ def _config_from_launcher() -> dict[str, Any]:
         if (value := said(key.upper(), "auto")) != "auto":
             config[key] = float(value)
     return config
+
+
+def _check_zero(zero: dict[str, Any], where: str) -> None:
+    """What DeepSpeed itself would say much later, and with a traceback, of the sizes and switches of ZeRO."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+    except ValueError as error:
+        problems: list[Any] = getattr(error, "errors", list)()  # pydantic's
+        first = f"{'.'.join(map(str, problems[0]['loc']))}: {problems[0]['msg']}" if problems else error
+        raise UserError(f"{where}: zero_optimization: {first}. Correct it there.") from error
 
 
 def _fill_from_recipe(config: dict[str, Any], recipe: Recipe, num_processes: int, where: str) -> None:

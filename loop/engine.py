@@ -3,20 +3,27 @@
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from torch.utils.cpp_extension import get_default_build_root
 
-from data.errors import UserError
+from data.errors import RunError, UserError
 from loop.deepspeed_config import deepspeed_config, keep_grad_norm, size_buckets_for_lora
 from loop.optimizer_state import set_update_count
 from loop.recipe import ROOT, Recipe
 
+LOOPBACK = Path("/sys/class/net/lo")  # on Linux
 NO_LAUNCHER_CONFIG = ROOT / "accel_configs" / "zero3.yaml"
 
 
@@ -62,9 +69,11 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def _set_up_environment() -> None:
-    """Silences what repeats on every step or rank and tells a user nothing, and lets DeepSpeed find ninja."""
+    """Silences what tells a user nothing, lets DeepSpeed find ninja, keeps gloo on one machine where all ranks are."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1") and LOOPBACK.exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK.name)  # or it listens wherever the host's name leads
     # It stands beside this Python, but is on the PATH only when the virtual environment is activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
@@ -105,6 +114,19 @@ def mixed_precision(accelerator: Accelerator) -> str:
         return str(accelerator.mixed_precision)
     config = accelerator.deepspeed_plugin.deepspeed_config
     return next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True), "no")
+
+
+def on_main_process(action: Callable[[], object], accelerator: Accelerator) -> None:
+    """Rank 0 alone does `action`; every rank enters. A UserError or RunError in it is raised on every rank."""
+    told: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except (UserError, RunError) as error:
+            told = [error]
+    broadcast_object_list(told)  # collective: what goes wrong on rank 0 has to stop all
+    if told[0] is not None:
+        raise told[0]
 
 
 def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[Any, Any]:

@@ -1,43 +1,77 @@
 """Stops a run whose loss or gradient is not finite, before anything of that step is kept."""
 
 import math
+from functools import partial
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from data.batch import Window
 from data.errors import RunError
 from loop.engine import mixed_precision
+from loop.optimizer_state import trainable_parameters
 from loop.step import StepResult
 
 SHOWN = 20  # row numbers named
 
 
-def check_finite(step: int, window: Window, result: StepResult, accelerator: Accelerator) -> None:
-    """Raises RunError on every rank when `step` met NaN or infinity; every rank enters.
+class FiniteCheck:
+    """Looks at every step's loss and gradient norm, and says which rows are to blame where they are not finite.
 
-    It costs nothing where all is well: NaN anywhere makes the global gradient norm, which every rank knows,
-    not finite. In fp16 gradients may overflow, which lowers the loss scale, but losses may not.
+    The engine adds the gradients of all micro-batches and ranks up, and at stage 3 the update is made when the norm
+    is known. So a hook on each adapter keeps the sum of each micro-batch's gradient: on the device, and looked at only
+    in a step that failed.
     """
-    if math.isfinite(result.grad_norm) and not result.skipped:
-        return
-    bad_here = [
-        (accelerator.process_index, micro_batch.rows)
-        for nll, micro_batch in zip(result.nlls.tolist(), window.micro_batches, strict=True)
-        if not math.isfinite(nll)
-    ]
-    everywhere = gather_object(bad_here)  # collective
-    if everywhere:
-        where = "; ".join(
+
+    def __init__(self, model: torch.nn.Module, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.sums: list[list[Tensor]] = []  # of each parameter, one for each micro-batch of the step
+        for parameter in trainable_parameters(model).values():
+            self.sums.append([])
+            parameter.register_hook(partial(self._keep, self.sums[-1]))
+
+    @staticmethod
+    def _keep(sums: list[Tensor], gradient: Tensor) -> None:
+        sums.append(gradient.sum())
+
+    def check(self, step: int, window: Window, result: StepResult) -> None:
+        """Raises RunError on every rank when `step` met NaN or infinity; every rank enters.
+
+        It costs next to nothing where all is well: NaN anywhere makes the global gradient norm, which every rank
+        knows, not finite. In fp16 gradients may overflow, which lowers the loss scale, but losses may not.
+        """
+        if not math.isfinite(result.grad_norm) or result.skipped:
+            if where := self._where(window, result.nlls.isfinite().tolist()):
+                raise RunError(
+                    f"step {step}: the loss is not finite in the micro-batch of {where}. Nothing of this step was "
+                    "kept. Look at these rows of the training file; if every rank is named, lower optim.lr."
+                )
+            if mixed_precision(self.accelerator) != "fp16":
+                where = self._where(window, self._finite_sums(len(window.micro_batches)))
+                where = f"the micro-batch of {where}" if where else "the sum over all micro-batches"
+                raise RunError(
+                    f"step {step}: a gradient is not finite, though all losses are, in {where}. Nothing of this step "
+                    "was kept. Look at these rows; lower optim.lr, or set mixed_precision: no in the accelerate YAML."
+                )
+        for sums in self.sums:
+            sums.clear()
+
+    def _finite_sums(self, count: int) -> list[bool]:
+        """Of each of `count` micro-batches on this rank: whether all gradients summed up to finite numbers."""
+        complete = [sums for sums in self.sums if len(sums) == count]  # all, unless a layer was not used in some
+        return [all(bool(sums[i].isfinite()) for sums in complete) for i in range(count)]
+
+    def _where(self, window: Window, finite: list[bool]) -> str:
+        """Row numbers and rank of every micro-batch that is not finite on any rank; every rank enters."""
+        bad_here = [
+            (self.accelerator.process_index, micro_batch.rows)
+            for ok, micro_batch in zip(finite, window.micro_batches, strict=True)
+            if not ok
+        ]
+        everywhere = gather_object(bad_here)  # collective
+        return "; ".join(
             f"rows {', '.join(map(str, bad[:SHOWN]))}{' …' if len(bad) > SHOWN else ''} on rank {rank}"
             for rank, bad in everywhere
-        )
-        raise RunError(
-            f"step {step}: the loss is not finite in the micro-batch of {where}. Nothing of this step was kept. "
-            "Look at these rows of the training file; if every rank is named, lower optim.lr."
-        )
-    if mixed_precision(accelerator) != "fp16":
-        raise RunError(
-            f"step {step}: a gradient is not finite, though all losses are. Nothing of this step was kept. "
-            "Lower optim.lr, or set mixed_precision: no in the accelerate YAML."
         )

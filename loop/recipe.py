@@ -5,17 +5,21 @@ the accelerate YAML's (accel_configs/).
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from data.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "loop" / "recipes" / "tiny.yaml"
+MOST = 1_000_000  # epochs, rows at once, micro-batches a step
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -123,12 +127,19 @@ def parse_recipe(argv: Sequence[str]) -> tuple[str, Recipe]:
     Raises UserError on an unknown key, a wrong type or a value out of range.
     """
     parser = recipe_parser()
-    if not any(word == "--config" or word.startswith("--config=") for word in argv):
+    files = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+    files += [file for word, file in pairwise(argv) if word == "--config"]
+    for file in files:
+        _check_recipe_file(Path(file))
+    if not files:
         argv = ["--config", str(DEFAULT_RECIPE), *argv]
     try:
         parsed = parser.parse_args(list(argv))
     except ArgumentError as error:
         raise UserError(f"{error}\nAll keys, with units: python loop/train.py --help") from error
+    for key in ("model", "data", "lora", "optim"):
+        if not isinstance(parsed[key], Namespace):
+            raise UserError(f"{key} is {parsed[key]!r}, but has to be a section with keys of its own.")
     name = Path(str(parsed.config[-1])).stem
     values = parser.instantiate(parsed).as_dict()
     values.pop("config")
@@ -137,6 +148,16 @@ def parse_recipe(argv: Sequence[str]) -> tuple[str, Recipe]:
     if problems:
         raise UserError("the recipe has values out of range:\n" + "\n".join(f"  {problem}" for problem in problems))
     return name, recipe
+
+
+def _check_recipe_file(path: Path) -> None:
+    """What the parser would say without the file's name, or with a traceback."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: cannot be read: {error}. Give a recipe, a YAML file.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: is no recipe. It needs keys with values, at least model and data.")
 
 
 def recipe_problems(recipe: Recipe) -> list[str]:
@@ -154,9 +175,9 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         ("optim.eps", optim.eps, 0 < optim.eps < math.inf, "above 0"),
         ("optim.max_grad_norm", optim.max_grad_norm, 0 < optim.max_grad_norm < math.inf, "above 0"),
         ("data.max_length", recipe.data.max_length, recipe.data.max_length >= 2, "at least 2"),
-        ("epochs", recipe.epochs, recipe.epochs >= 1, "at least 1"),
-        ("micro_batch_size", recipe.micro_batch_size, recipe.micro_batch_size >= 1, "at least 1"),
-        ("grad_accum_steps", recipe.grad_accum_steps, recipe.grad_accum_steps >= 1, "at least 1"),
+        ("epochs", recipe.epochs, 1 <= recipe.epochs <= MOST, "1 to a million"),
+        ("micro_batch_size", recipe.micro_batch_size, 1 <= recipe.micro_batch_size <= MOST, "1 to a million"),
+        ("grad_accum_steps", recipe.grad_accum_steps, 1 <= recipe.grad_accum_steps <= MOST, "1 to a million"),
         ("seed", recipe.seed, 0 <= recipe.seed < 2**32, "at least 0 and below 2^32"),
         ("log_every", recipe.log_every, recipe.log_every >= 1, "at least 1"),
         ("eval_every", recipe.eval_every, recipe.eval_every >= 0, "at least 0"),
@@ -169,8 +190,10 @@ def recipe_problems(recipe: Recipe) -> list[str]:
 
 def find_path(path: str) -> Path:
     """A recipe's relative path: from the current folder, or else from the project's own."""
-    here = Path(path).expanduser()
-    return here if here.exists() or here.is_absolute() else ROOT / path if (ROOT / path).exists() else here
+    here = Path(os.path.expanduser(path))
+    if not os.path.exists(here) and os.path.exists(ROOT / path):  # unlike Path's, they never raise
+        return ROOT / path
+    return here
 
 
 def find_model(name_or_path: str) -> str:

@@ -83,19 +83,11 @@ def fingerprint(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def check_resumable(checkpoint: Checkpoint | None, recipe: Recipe, accelerator: Accelerator) -> None:
+def check_resumable(checkpoint: Checkpoint | None, recipe: Recipe, total_steps: int, accelerator: Accelerator) -> None:
     """Raises UserError, with the list of differences, when going on would not be the same run."""
     if checkpoint is None:
         return
-    try:
-        then = {key: checkpoint.state["run"][key] for key in fingerprint(recipe, accelerator)}
-        step, updates = checkpoint.state["step"], checkpoint.state["updates"]
-        ok = isinstance(step, int) and isinstance(updates, int) and 0 <= updates <= step
-    except (KeyError, TypeError):
-        ok = False
-    if not ok:
-        raise UserError(f"checkpoint {checkpoint.folder}: trainer_state.json is not one of this program's.")
-    now = fingerprint(recipe, accelerator)
+    then, now = checkpoint.state["run"], fingerprint(recipe, accelerator)
     differences = [
         f"{key}: {old} then, {new} now"
         for key, old, new in _pairs(then["recipe"], now["recipe"])
@@ -111,6 +103,10 @@ def check_resumable(checkpoint: Checkpoint | None, recipe: Recipe, accelerator: 
         raise UserError(
             f"checkpoint {checkpoint.folder}: this would not be the same run:\n"
             + "\n".join(f"  {difference}" for difference in differences)
+        )
+    if checkpoint.step > total_steps:
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: trainer_state.json says step {checkpoint.step} of {total_steps}."
         )
 
 

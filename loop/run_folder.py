@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from data.errors import UserError
 from loop.checkpoint import Checkpoint, delete_leftovers
+from loop.engine import on_main_process
 from loop.recipe import Recipe, recipe_as_dict
 
 PACKAGES = ("accelerate", "deepspeed", "peft", "safetensors", "swanlab", "tokenizers", "torch", "transformers")
@@ -45,9 +47,12 @@ def create_run_folder(name: str, recipe: Recipe, checkpoint: Checkpoint | None, 
     run_dir = (
         checkpoint.run_dir if checkpoint else Path(recipe.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     )
-    told: list[Any] = [run_dir, None]
-    if accelerator.is_main_process:
-        try:
+    name_of_rank_0 = [run_dir]
+    broadcast_object_list(name_of_rank_0)  # collective: the time in it differs
+    run_dir = name_of_rank_0[0]
+
+    def create() -> None:
+        with _writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             delete_leftovers(run_dir)
             _cut_metrics(run_dir / "metrics.jsonl", checkpoint.step if checkpoint else 0)
@@ -56,13 +61,30 @@ def create_run_folder(name: str, recipe: Recipe, checkpoint: Checkpoint | None, 
                 yaml.safe_dump(values, allow_unicode=True, sort_keys=False), encoding="utf-8"
             )
             write_json(run_dir / "versions.json", {package: version(package) for package in PACKAGES})
-        except OSError as error:
-            told[1] = f"run_dir {run_dir} cannot be written: {error.strerror}."
-    broadcast_object_list(told)  # collective: the time in the name is rank 0's, and so is a failure
-    if told[1] is not None:
-        raise UserError(told[1])
-    folder: Path = told[0]
-    return folder
+
+    on_main_process(create, accelerator)
+    return run_dir
+
+
+def write_engine_config(run_dir: Path, accelerator: Accelerator) -> None:
+    """deepspeed_config.json, as accelerate resolved it when it prepared the model; every rank enters."""
+
+    def write() -> None:
+        with _writing(run_dir):
+            write_json(run_dir / "deepspeed_config.json", getattr(accelerator, "deepspeed_config", {}))
+
+    on_main_process(write, accelerator)
+
+
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run_dir {run_dir} cannot be written: {error.strerror}. Make it writable, free space there, "
+            "or name another one."
+        ) from error
 
 
 def _cut_metrics(file: Path, step: int) -> None:

@@ -1,5 +1,6 @@
 """What is written while a run goes on: metrics.jsonl, a tracker, a progress bar."""
 
+import contextlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from data.batch import Window
 from data.errors import RunError, Stopped, UserError
 from loop.checkpoint import Checkpoint
+from loop.engine import on_main_process
 from loop.recipe import Recipe, recipe_as_dict
 from loop.step import StepResult
 
@@ -140,7 +142,8 @@ class Tracking:
         if self.bar is not None:
             self.bar.close()
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # of a line that could not be written, which was said
+                self.file.close()
 
     def _start_tracker(self, name: str, recipe: Recipe, run_dir: Path) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
@@ -173,16 +176,24 @@ class Tracking:
             self.bar.update(step - self.bar.n)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes and shows the metrics of `step`; once for each step, or SwanLab drops the second."""
-        if self.file is None:
-            return
+        """Writes and shows the metrics of `step`, once for each step, or SwanLab drops the second; every rank enters.
+
+        Raises RunError on every rank when they cannot be written.
+        """
+        on_main_process(partial(self._write, step, metrics), self.accelerator)
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+        assert self.file is not None
         self._show(step, metrics)
         values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}  # JSON has no inf
         try:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
         except OSError as error:
-            raise RunError(f"step {step}: {self.file.name} could not be written: {error}. Free space there.") from error
+            raise RunError(
+                f"step {step}: {self.file.name} could not be written: {error}. Checkpoints are intact; free space "
+                "there, then go on with --resume."
+            ) from error
         if self.tracker is not None:
             self.tracker.jobs.put(partial(self.accelerator.log, dict(metrics), step=step))
 

@@ -19,15 +19,16 @@ from loop.build import (
     build_model,
     build_optimizer,
     build_tokenizer,
+    check_model,
     rows_per_step,
 )
 from loop.checkpoint import Checkpoint, restore_adapter, save_adapter, save_checkpoint, unwrap
 from loop.engine import build_accelerator, prepare
-from loop.finite import check_finite
+from loop.finite import FiniteCheck
 from loop.overview import overview
 from loop.recipe import Recipe, parse_recipe
 from loop.resume import check_resumable, find_checkpoint, fingerprint, resume_optimizer
-from loop.run_folder import check_run_folder, create_run_folder, write_json
+from loop.run_folder import check_run_folder, create_run_folder, write_engine_config
 from loop.signals import StopSignals
 from loop.step import seed_dropout, train_step, validate
 from loop.tracking import Interval, Tracking
@@ -41,30 +42,32 @@ def main(argv: Sequence[str]) -> None:
     check_run_folder(recipe, checkpoint)
     tokenizer = build_tokenizer(recipe)
     data = build_data(recipe, tokenizer)
+    check_model(recipe, tokenizer)
     accelerator = build_accelerator(recipe)
-    check_resumable(checkpoint, recipe, accelerator)
-    model = build_model(recipe, accelerator)
-    restore_adapter(checkpoint, model, accelerator)
-    run_dir = create_run_folder(name, recipe, checkpoint, accelerator)
+    with Watch(recipe.rank_timeout, accelerator) as watch:
+        total_steps = recipe.epochs * num_windows(len(data.train), rows_per_step(recipe, accelerator))
+        check_resumable(checkpoint, recipe, total_steps, accelerator)
+        model = build_model(recipe, accelerator)
+        restore_adapter(checkpoint, model, accelerator)
+        run_dir = create_run_folder(name, recipe, checkpoint, accelerator)
 
-    optimizer = build_optimizer(recipe, model)
-    model, optimizer = prepare(model, optimizer, accelerator)
-    nothing = empty_window(data.train[0], recipe.grad_accum_steps, data.pad_token_id)
-    resume_optimizer(checkpoint, model, optimizer, nothing, accelerator)
-    total_steps = recipe.epochs * num_windows(len(data.train), rows_per_step(recipe, accelerator))
-    lr_scheduler = build_lr_scheduler(recipe, optimizer, total_steps, done=checkpoint.updates if checkpoint else 0)
+        optimizer = build_optimizer(recipe, model)
+        model, optimizer = prepare(model, optimizer, accelerator)
+        write_engine_config(run_dir, accelerator)
+        nothing = empty_window(data.train[0], recipe.grad_accum_steps, data.pad_token_id)
+        resume_optimizer(checkpoint, model, optimizer, nothing, accelerator)
+        lr_scheduler = build_lr_scheduler(recipe, optimizer, total_steps, done=checkpoint.updates if checkpoint else 0)
 
-    if accelerator.is_main_process:
-        write_json(run_dir / "deepspeed_config.json", getattr(accelerator, "deepspeed_config", {}))
-    with (
-        Tracking(recipe, run_dir, checkpoint.step if checkpoint else 0, total_steps, accelerator) as tracking,
-        StopSignals(accelerator) as signals,
-        Watch(recipe.rank_timeout, accelerator) as watch,
-    ):
-        tracking.say(overview(recipe, data, model, run_dir, total_steps, accelerator))
-        fit(recipe, data, model, optimizer, lr_scheduler, checkpoint, run_dir, tracking, signals, watch, accelerator)
-        save_adapter(unwrap(model, accelerator), run_dir / "adapter", accelerator)
-        tracking.say(f"adapter: {run_dir / 'adapter'}")
+        with (
+            Tracking(recipe, run_dir, checkpoint.step if checkpoint else 0, total_steps, accelerator) as tracking,
+            StopSignals(accelerator) as signals,
+        ):
+            tracking.say(overview(recipe, data, model, run_dir, total_steps, accelerator))
+            fit(
+                recipe, data, model, optimizer, lr_scheduler, checkpoint, run_dir, tracking, signals, watch, accelerator
+            )
+            save_adapter(unwrap(model, accelerator), run_dir / "adapter", accelerator)
+            tracking.say(f"adapter: {run_dir / 'adapter'}")
     accelerator.state.destroy_process_group()
 
 
@@ -98,6 +101,7 @@ def fit(
     save_every = recipe.save_every or steps_per_epoch
     step, updates = (checkpoint.step, checkpoint.updates) if checkpoint else (0, 0)
     interval = Interval.restore(checkpoint, accelerator)
+    finite = FiniteCheck(unwrap(model, accelerator), accelerator)
     run = fingerprint(recipe, accelerator)
     model.train()
     for epoch in range(step // steps_per_epoch, recipe.epochs):
@@ -106,7 +110,7 @@ def fit(
             seed_dropout(recipe.seed, step, accelerator.process_index)
             result = train_step(window, model, optimizer, lr_scheduler, recipe.optim.max_grad_norm, accelerator)
             step = watch.step = step + 1
-            check_finite(step, window, result, accelerator)
+            finite.check(step, window, result)
             updates += not result.skipped
             interval.add(window, result)
             epoch_ends = step % steps_per_epoch == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from data.errors import RunError, Stopped
+from data.errors import RunError, Stopped, UserError
 
 BEAT = 0.5  # seconds
 
@@ -53,7 +53,7 @@ class Watch:
         if not self.active:
             return
         self.thread.join()
-        if error is None or isinstance(error, RunError | Stopped):  # all ranks leave alike, though not at once
+        if error is None or isinstance(error, UserError | RunError | Stopped):  # all leave alike
             self._say("done")
             if self.rank == 0:
                 deadline = time.monotonic() + self.timeout

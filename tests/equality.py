@@ -1,4 +1,4 @@
-"""The equality matrix: `python -m tests.equality` (about a quarter of an hour) writes docs/equality.md.
+"""The equality matrix: `python -m tests.equality` (a quarter of an hour) writes its section of docs/guarantees.md.
 
 Six accel configurations x {1, 2} processes x accumulation {1, 4} x gradient checkpointing {off, on}, 20 updates
 on 157 real rows, each launched as a user does, against tests/reference_loop.py. In fp32 every cell has to agree
@@ -7,14 +7,12 @@ within 1e-5; in bf16 within three times what computing in bf16 costs (bf16_toler
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, set_seed
 
 from tests.distributed.launching import CONFIGS, ROOT, WORKER, Run, launch
+from tests.guarantees import write_section
 from tests.reference_loop import PEAK, RANK, TARGETS, History, reference_loop
 
 STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
@@ -159,19 +158,12 @@ def deepspeed_settings(run: Run) -> dict[str, Any]:
     return {key: value for key, value in config.items() if "batch" not in key and "accumulation" not in key}
 
 
-def page(results: list[tuple[Cell, Run, Difference, Difference]], seconds: float) -> str:
+def section(results: list[tuple[Cell, Run, Difference, Difference]], seconds: float) -> str:
     lines = [
-        "# The equality matrix",
-        "",
-        f"Written by `python -m tests.equality` on {time.strftime('%Y-%m-%d')}: {len(results)} runs in",
-        f"{seconds / 60:.0f} minutes, on {platform.machine()} CPUs, two processes over gloo; "
-        + ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate", "peft", "transformers"))
-        + ".",
-        "",
-        f"Each run: 20 updates on {NUM_ROWS} rows, {ROWS_PER_STEP} a step however they are cut up, the last five; the",
-        f"reference's learning rate ({PEAK:g}). Each figure: the largest relative difference of all steps from",
-        "[the reference loop](../tests/reference_loop.py), plain PyTorch in float64; for lr relative to the peak, for",
-        "the adapter the largest of all tensors, in the 2-norm.",
+        f"{len(results)} runs in {seconds / 60:.0f} minutes, each of 20 updates on {NUM_ROWS} rows, {ROWS_PER_STEP} a",
+        f"step however they are cut up, the last five; the reference's learning rate ({PEAK:g}). Each figure: the",
+        "largest relative difference of all steps from [the reference loop](../tests/reference_loop.py), plain PyTorch",
+        "in float64; for lr relative to the peak, for the adapter the largest of all tensors, in the 2-norm.",
         "",
     ]
     for precision, title in (("no", "fp32"), ("bf16", "bf16")):
@@ -181,7 +173,7 @@ def page(results: list[tuple[Cell, Run, Difference, Difference]], seconds: float
         limit = chosen[0][3]
         limits = ", ".join(f"{name} {getattr(limit, name):.1e}" for name in FIGURES)
         good = sum(found.within(limit) for _, _, found, _ in chosen)
-        lines += [f"## {title}: {good} of {len(chosen)} within {limits}", ""]
+        lines += [f"### {title}: {good} of {len(chosen)} within {limits}", ""]
         if precision == "bf16":
             lines += [
                 "The limit is three times the distance of the plain reference computed in bf16 from itself in float64,",
@@ -198,7 +190,7 @@ def page(results: list[tuple[Cell, Run, Difference, Difference]], seconds: float
             figures = [f"{getattr(found, name):.1e}" for name in FIGURES]
             lines.append(f"| {' | '.join(map(str, (*values, facts['accumulation'], *figures)))} |")
         lines.append("")
-    lines += ["## DeepSpeed's configuration, resolved", "", "```"]
+    lines += ["### DeepSpeed's configuration, resolved", "", "```"]
     shown = {}
     for cell, run, _, _ in results:
         shown[f"{cell.config}, {'bf16' if cell.precision == 'bf16' else 'fp32'}"] = json.dumps(deepspeed_settings(run))
@@ -207,8 +199,7 @@ def page(results: list[tuple[Cell, Run, Difference, Difference]], seconds: float
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.equality", description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "equality.md")
-    args = parser.parse_args()
+    parser.parse_args()
     results = []
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
@@ -219,8 +210,7 @@ def main() -> None:
                 sys.exit(f"{cell}:\n{run.output}")
             results.append((cell, run, compare(history(run), reference(rows, cell.precision)), tolerance(cell, rows)))
             print(cell, results[-1][2], flush=True)
-        args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(page(results, time.monotonic() - begun))
+        write_section("The equality matrix", "python -m tests.equality", section(results, time.monotonic() - begun))
     sys.exit(0 if all(found.within(limit) for _, _, found, limit in results) else 1)
 
 

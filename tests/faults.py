@@ -1,4 +1,4 @@
-"""The kill matrix: `python -m tests.faults --kills 100` (about half an hour) writes docs/kills.md.
+"""The kill matrix: `python -m tests.faults --kills 100` (about half an hour) writes its section of docs/guarantees.md.
 
 Runs are killed by SIGKILL, one rank or all, at random times and in every phase of saving, and go on with
 --resume auto, until they come to their end. Then their adapter has to be that of a run nobody killed, to the bit.
@@ -15,13 +15,13 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from data.errors import UserError
 from loop.checkpoint import list_checkpoints, load_checkpoint
 from tests.distributed.kill_worker import PHASES
-from tests.distributed.launching import CONFIGS, DEBUG, ROOT, clean_environment
+from tests.distributed.launching import CONFIGS, DEBUG, ROOT, children, clean_environment, last_step
+from tests.guarantees import write_section
 
 STAGES = ("zero3", "zero0", "zero2_offload")
 SAVE_EVERY = 2
@@ -55,18 +55,6 @@ def start(stage: str, folder: Path, kill: str | None, log: Path) -> subprocess.P
     env = clean_environment() | ({"KILL": kill} if kill else {})
     with log.open("wb") as out:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-
-
-def children(pid: int) -> list[int]:
-    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    return [int(line) for line in done.stdout.split()]
-
-
-def last_step(folder: Path) -> int:
-    """Of the whole lines of metrics.jsonl."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return max((int(json.loads(line)["step"]) for line in lines if line.endswith("\n")), default=0)
 
 
 def kill_at_random(process: subprocess.Popen[bytes], folder: Path, whom: str, chance: random.Random) -> bool:
@@ -140,8 +128,7 @@ def kill_matrix(kills: int, seed: int, folder: Path) -> Figures:
     return figures
 
 
-def page(figures: Figures, seed: int) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate"))
+def section(figures: Figures) -> str:
     rows = {
         "kills": f"{figures.kills}: {figures.whom['one']} of one rank, {figures.whom['all']} of all",
         "where": ", ".join(f"{phase} {n}" for phase, n in sorted(figures.phases.items())),
@@ -151,32 +138,19 @@ def page(figures: Figures, seed: int) -> str:
         f"most steps lost by a kill (saved every {SAVE_EVERY})": figures.most_steps_lost,
         "checkpoints under their name that were not whole": figures.torn_checkpoints,
     }
-    return "\n".join(
-        [
-            "# The kill matrix",
-            "",
-            f"Written by `python -m tests.faults --kills {figures.kills} --seed {seed}`,",
-            f"{time.strftime('%Y-%m-%d')}, on two CPU processes over gloo, with dropout;",
-            f"under {', '.join(STAGES)} in turn; {versions}.",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in rows.items()),
-            "",
-        ]
-    )
+    text = f"On two processes, with dropout, under {', '.join(STAGES)} in turn.\n\n| | |\n|---|---|\n"
+    return text + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "kills.md")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = kill_matrix(args.kills, args.seed, Path(folder))
-    args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(page(figures, args.seed), encoding="utf-8")
+    command = f"python -m tests.faults --kills {figures.kills} --seed {args.seed}"
+    write_section("The kill matrix", command, section(figures))
     bad = figures.bit_equal != figures.runs or figures.torn_checkpoints or figures.most_steps_lost > SAVE_EVERY
     sys.exit(1 if bad else 0)
 

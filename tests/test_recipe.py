@@ -57,7 +57,7 @@ def test_written_recipe_reads_back(tmp_path: Path) -> None:
         (["--optim.learning_rate", "1"], "optim.learning_rate"),
         (["--epochs", "two"], "epochs"),
         (["--epochs", "1.5"], "epochs"),
-        (["--epochs", "0"], "epochs is 0, but has to be at least 1"),
+        (["--epochs", "0"], "epochs is 0, but has to be 1 to a million"),
         (["--micro_batch_size", "-1"], "micro_batch_size is -1"),
         (["--grad_accum_steps", "0"], "grad_accum_steps is 0"),
         (["--optim.lr", "0"], "optim.lr is 0.0"),

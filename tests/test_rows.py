@@ -21,6 +21,7 @@ def write(tmp_path: Path, content: str | bytes) -> Path:
         f"  \n[\n{GOOD},\n{GOOD}\n]\n",
         f"{GOOD}\n{GOOD}",
         f"{GOOD}\r\n\r\n{GOOD}\r\n",
+        f"{GOOD}\r{GOOD}",
         b"\xef\xbb\xbf" + f"{GOOD}\n{GOOD}\n".encode(),
     ],
 )
@@ -80,7 +81,7 @@ def test_bad_input_is_one_message(tmp_path: Path, content: str | bytes, said: st
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_rows(tmp_path / "nothing.json")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not a file"):
         read_rows(tmp_path)
 
 

@@ -18,6 +18,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from loop.recipe import parse_recipe
 from loop.tracking import TrackerThread, Tracking, tracker_config
 from tests.distributed.launching import DEBUG, ROOT, clean_environment, start
+from tests.tracker_faults import FAULTS, run_with, what_is_wrong
 
 EXTENSIONS = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
 
@@ -91,6 +92,11 @@ end_process(main)
         "closed",
         "",
     ]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_comes_to_its_end_whatever_its_tracker_does(fault: str, tmp_path: Path) -> None:
+    assert what_is_wrong(fault, run_with(fault, tmp_path)) is None
 
 
 def test_config_shows_what_the_reference_shows() -> None:

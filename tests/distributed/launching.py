@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accel_configs"
 WORKER = ROOT / "tests" / "distributed" / "worker.py"
 DEBUG = ("--config", str(ROOT / "loop" / "recipes" / "debug.yaml"))
+ENDLESS = ("--epochs", "10000", "--save_every", "1000", "--rank_timeout", "5")
+BOUND = 25  # seconds from a signal to the end of all processes
 TIMEOUT = 600  # seconds; only so that a hang fails
 
 
@@ -67,3 +70,42 @@ def start(command: list[str], folder: Path, env: dict[str, str] | None = None) -
         check=False,
     )
     return Run(folder, done.returncode, done.stdout)
+
+
+def children(pid: int) -> list[int]:
+    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line) for line in done.stdout.split()]
+
+
+def last_step(folder: Path) -> int:
+    """Of the whole lines of metrics.jsonl."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return max((int(json.loads(line)["step"]) for line in lines if line.endswith("\n")), default=0)
+
+
+class Running:
+    """A training that goes on until it is stopped."""
+
+    def __init__(self, folder: Path, launcher: bool, *arguments: str) -> None:
+        self.folder, self.log = folder, folder.with_suffix(".txt")
+        command = [sys.executable]
+        if launcher:
+            command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+            command += ["--config_file", str(CONFIGS / "zero3.yaml")]
+        command += [str(ROOT / "loop" / "train.py"), *DEBUG, *ENDLESS, *arguments, "--run_dir", str(folder)]
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=out, stderr=out)
+        while last_step(folder) < 5:
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.1)
+        self.ranks = children(self.process.pid) if launcher else [self.process.pid]
+
+    def wait(self) -> str:
+        """The output, once every process is gone."""
+        self.process.wait(timeout=300)
+        deadline = time.monotonic() + BOUND
+        while any(Path(f"/proc/{pid}").exists() for pid in self.ranks):
+            assert time.monotonic() < deadline, "a process stayed behind"
+            time.sleep(0.1)
+        return self.log.read_text()

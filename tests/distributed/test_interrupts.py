@@ -10,38 +10,18 @@ from pathlib import Path
 import pytest
 
 from loop.checkpoint import list_checkpoints, load_checkpoint
-from tests.distributed.launching import CONFIGS, DEBUG, ROOT, clean_environment
-from tests.faults import children, kill_matrix, last_step
-
-ENDLESS = ("--epochs", "10000", "--save_every", "1000", "--rank_timeout", "5")
-BOUND = 25  # seconds from the signal to the end of all processes
-
-
-class Running:
-    """A training that goes on until it is stopped."""
-
-    def __init__(self, folder: Path, launcher: bool, *arguments: str) -> None:
-        self.folder, self.log = folder, folder.with_suffix(".txt")
-        command = [sys.executable]
-        if launcher:
-            command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-            command += ["--config_file", str(CONFIGS / "zero3.yaml")]
-        command += [str(ROOT / "loop" / "train.py"), *DEBUG, *ENDLESS, *arguments, "--run_dir", str(folder)]
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=out, stderr=out)
-        while last_step(folder) < 5:
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.1)
-        self.ranks = children(self.process.pid) if launcher else [self.process.pid]
-
-    def wait(self) -> str:
-        """The output, once every process is gone."""
-        self.process.wait(timeout=300)
-        deadline = time.monotonic() + BOUND
-        while any(Path(f"/proc/{pid}").exists() for pid in self.ranks):
-            assert time.monotonic() < deadline, "a process stayed behind"
-            time.sleep(0.1)
-        return self.log.read_text()
+from tests.distributed.launching import (
+    BOUND,
+    CONFIGS,
+    DEBUG,
+    ENDLESS,
+    ROOT,
+    Running,
+    clean_environment,
+    last_step,
+    launch,
+)
+from tests.faults import kill_matrix
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -103,6 +83,33 @@ def test_a_rank_that_dies_or_freezes_is_named(number: int, rank: int, tmp_path: 
     assert f"rank {rank} (process {run.ranks[rank]}) {what}" in said
     step = int(said.removeprefix("error: step ").partition(":")[0])
     assert last_step(run.folder) <= step <= last_step(run.folder) + 2
+
+
+FREEZES = """
+import os, signal
+from unittest.mock import patch
+import loop.train
+from data.errors import end_process
+real = loop.train.build_model
+def freeze(*args):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.{signal})
+    return real(*args)
+with patch("loop.train.build_model", freeze):
+    end_process(loop.train.main)
+"""
+
+
+@pytest.mark.parametrize(("name", "said"), [("SIGSTOP", "has given no sign of life"), ("SIGKILL", "died")])
+def test_a_rank_that_dies_or_freezes_before_the_first_step(name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "freezes.py").write_text(FREEZES.format(signal=name))
+    more = ("--rank_timeout", "5")
+    run = launch(CONFIGS / "zero3.yaml", *DEBUG, *more, folder=tmp_path / "run", script=tmp_path / "freezes.py")
+    assert run.code != 0
+    (line,) = [line for line in run.output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: step 1: rank 1 (process ")
+    assert said in line
+    assert not run.folder.exists()
 
 
 def test_no_rank_outlives_the_launcher(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.distributed.launching import CONFIGS, DEBUG, ROOT, launch
+from tests.distributed.launching import CONFIGS, DEBUG, ROOT, Run, launch
 
 STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 DDP = ROOT / "tests" / "accel_configs" / "ddp_gpus.yaml"
+INF_WORKER = ROOT / "tests" / "distributed" / "inf_worker.py"
 ROWS = 16  # of them number 6 is poisoned
 
 
@@ -47,6 +48,10 @@ def test_stops_every_rank(config: Path, precision: str, poisoned: tuple[Path, Pa
         folder=tmp_path / "run",
         precision=precision,
     )
+    stops_at_row_6(run, "the loss is not finite in")
+
+
+def stops_at_row_6(run: Run, said: str) -> None:
     # two ranks x two micro-batches of two rows: row 6's place in the order of epoch 0
     order = (np.random.default_rng((42, 0)).permutation(ROWS) + 1).tolist()
     step, place = divmod(order.index(6), 8)
@@ -54,7 +59,14 @@ def test_stops_every_rank(config: Path, precision: str, poisoned: tuple[Path, Pa
     where = f"rows {pair[0]}, {pair[1]} on rank {place // 2 % 2}"
     assert run.code != 0
     assert run.output.count("error: ") == 1, run.output
-    assert f"error: step {step + 1}: the loss is not finite in the micro-batch of {where}." in run.output
+    assert f"error: step {step + 1}: {said} the micro-batch of {where}." in run.output
     assert "Traceback" not in run.output.split("error: ")[0]
     assert [line["step"] for line in run.metrics] == list(range(1, step + 1))
     assert {path.name for path in run.folder.iterdir()} & {"adapter", "checkpoints"} == set()
+
+
+@pytest.mark.parametrize("config", [*(CONFIGS / f"{stage}.yaml" for stage in STAGES), DDP], ids=lambda path: path.stem)
+def test_an_infinite_gradient_under_a_finite_loss(config: Path, poisoned: tuple[Path, Path], tmp_path: Path) -> None:
+    rows = ("--data.train_file", str(poisoned[1]), "--data.validation_file", "null")
+    run = launch(config, *DEBUG, *rows, folder=tmp_path / "run", script=INF_WORKER)
+    stops_at_row_6(run, "a gradient is not finite, though all losses are, in")
