@@ -1,5 +1,6 @@
 """Rows -> token ids and labels, through the tokenizer's own chat template."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,20 +42,38 @@ def render_prompt(user: str, system_prompt: str, tokenizer: PreTrainedTokenizerB
         ) from error
 
 
-def encode_row(row: Row, system_prompt: str, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Control tokens within the row's texts, such as <|im_end|>, are plain text: a row cannot forge a turn."""
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What makes turns: all special tokens, and other added ones (but white space) that the chat template writes."""
+    template = str(tokenizer.chat_template)
+    added = [token for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
+    return [token.content for token in added if token.special or token.content in template]
 
-    def ids(text: str, plain: bool = False) -> list[int]:
-        encoded: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+
+def encode_row(
+    row: Row, system_prompt: str, tokenizer: PreTrainedTokenizerBase, control: Sequence[str] | None = None
+) -> Example:
+    """Control tokens within the row's texts, such as <|im_end|>, are plain text: a row cannot forge a turn.
+
+    `control` is what `control_tokens` says of `tokenizer`.
+    """
+    forged = control_tokens(tokenizer) if control is None else control
+
+    def ids(text: str) -> list[int]:
+        encoded: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return encoded
 
+    def plain_ids(text: str) -> list[int]:
+        """Cut after the first character of each control token, so that the tokenizer never sees one."""
+        cuts = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in forged)
+        return [token_id for part in re.split(cuts, text) for token_id in ids(part)] if cuts else ids(text)
+
     user = user_text(row)
-    if any(token in user for token in tokenizer.all_special_tokens):
+    if any(token in user for token in forged):
         before, after = render_prompt(PLACE, system_prompt, tokenizer).split(PLACE)
-        prompt_ids = ids(before) + ids(user, plain=True) + ids(after)
+        prompt_ids = ids(before) + plain_ids(user) + ids(after)
     else:
         prompt_ids = ids(render_prompt(user, system_prompt, tokenizer))
-    return Example(row.number, prompt_ids, [*ids(row.output, plain=True), tokenizer.eos_token_id])
+    return Example(row.number, prompt_ids, [*plain_ids(row.output), tokenizer.eos_token_id])
 
 
 def encode_rows(
@@ -73,6 +92,7 @@ def encode_rows(
         raise UserError(
             f"{tokenizer.name_or_path}: its chat template does not show what the user says once. Correct it."
         )
+    control = control_tokens(tokenizer)
     most = max_length * max(len(token) for token in tokenizer.get_vocab())  # characters in max_length tokens
     examples, problems = [], []
     for row in rows:
@@ -82,7 +102,7 @@ def encode_rows(
                 f"row {row.number}: {characters:,} characters; shorten it or raise data.max_length ({max_length})"
             )
             continue
-        example = encode_row(row, system_prompt, tokenizer)
+        example = encode_row(row, system_prompt, tokenizer, control)
         length = len(example.prompt_ids) + len(example.answer_ids)
         if length > max_length:
             problems.append(f"row {row.number}: {length} tokens; shorten it or raise data.max_length ({max_length})")

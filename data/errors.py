@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-SECONDS_TO_SPEAK = 10.0  # at most, for rank 0
+SECONDS_TO_SPEAK = 60.0  # at most, for rank 0
 
 
 class UserError(ValueError):
@@ -41,12 +41,17 @@ def exit_codes() -> Iterator[None]:
 
 
 def _leave(code: int, text: str) -> NoReturn:
-    """Rank 0 speaks and goes first, because a launcher ends the others by SIGTERM as soon as one is gone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
-    elif SECONDS_TO_SPEAK:
+    """Rank 0 speaks and goes first, because a launcher ends the others by SIGTERM as soon as one is gone.
+
+    Where that does not come, what is wrong is wrong on this rank alone, and it says so itself.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and SECONDS_TO_SPEAK:
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
         time.sleep(SECONDS_TO_SPEAK)
+        text = f"{text} (rank {rank})"
+    if rank == "0" or SECONDS_TO_SPEAK:
+        print(text, file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -7,8 +7,10 @@ It is written beside, synced, and appears by one rename.
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ ADAPTER = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 MANIFEST = "manifest.json"
+PARTIAL, OLD = ".partial", ".old"  # ends of names that begin with a dot: half written, and about to be replaced
 WRITTEN = {ADAPTER, OPTIMIZER, STATE, "adapter_config.json", "README.md"}  # the last two by PEFT
 
 
@@ -97,7 +100,7 @@ def save_checkpoint(
 
     def publish() -> None:
         _publish(folder, write)
-        _delete_old(run_dir, save_total_limit, resumed_from)
+        _delete_old(folder, save_total_limit, resumed_from)
 
     on_main_process(publish, accelerator)
     return folder
@@ -142,23 +145,23 @@ def check_adapter(file: Path, expected: dict[str, Tensor]) -> None:
 
 def _publish(folder: Path, write: Callable[[Path], None]) -> None:
     """Writes a folder beside, syncs it to the disk and renames it to `folder`. RunError when that fails."""
-    beside = folder.with_name(f".{folder.name}.partial")
+    beside, old = (folder.with_name(f".{folder.name}{end}") for end in (PARTIAL, OLD))
     try:
         shutil.rmtree(beside, ignore_errors=True)
         folder.parent.mkdir(exist_ok=True)  # but not its parents: a run folder that has vanished is an error
         beside.mkdir()
         write(beside)
-        for path in (*beside.iterdir(), beside):
+        for path in (*beside.iterdir(), beside, folder.parent.parent):
             _sync(path)
-        old = folder.with_name(f".{folder.name}.old.partial")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():  # a step that was learned again after resuming from an earlier one
+        if folder.exists():  # the adapter of a run that had come to its end before
             folder.rename(old)
         beside.rename(folder)
         _sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except Exception as error:  # safetensors has an exception of its own for a full disk
         shutil.rmtree(beside, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         free = f"{shutil.disk_usage(_existing(folder)).free / 1e6:,.0f} MB are free there"
         raise RunError(
             f"{folder} could not be written: {error}. Earlier checkpoints are intact; {free}. Free space or make it "
@@ -166,11 +169,24 @@ def _publish(folder: Path, write: Callable[[Path], None]) -> None:
         ) from error
 
 
-def delete_leftovers(run_dir: Path) -> None:
-    """What a killed run was about to write."""
+def clear_up(run_dir: Path, step: int) -> None:
+    """Makes the folder of a run that goes on after `step` what it was then.
+
+    Half-written folders go, a whole one that was about to be replaced comes back. Checkpoints of later steps belong to
+    a history that is not gone on with: they are set aside under another name, and nothing counts or deletes them.
+    """
     for folder in (run_dir, run_dir / CHECKPOINTS):
-        for leftover in folder.glob(".*.partial"):
+        for old in folder.glob(f".*{OLD}"):
+            whole = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
+            if not whole.exists():
+                old.rename(whole)
+        for leftover in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f".*{OLD}")):
             shutil.rmtree(leftover)
+    for folder in list_checkpoints(run_dir):
+        if step_of(folder) > step:
+            aside = folder.with_name(f"aside-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            folder.rename(aside)
+            print(f"note: {folder} is of a later step; it is kept as {aside.name}", flush=True)
 
 
 def _existing(folder: Path) -> Path:
@@ -193,26 +209,31 @@ def _fingerprint(file: Path) -> dict[str, Any]:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Of a run folder, oldest first."""
     folders = [path for path in (run_dir / CHECKPOINTS).glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(folders, key=step_of)
 
 
-def _delete_old(run_dir: Path, save_total_limit: int, resumed_from: Checkpoint | None) -> None:
-    folders = list_checkpoints(run_dir)
-    keep = {*folders[-save_total_limit:]} | ({resumed_from.folder} if resumed_from else set())
+def step_of(folder: Path) -> int:
+    """The number in a checkpoint's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def _delete_old(newest: Path, save_total_limit: int, resumed_from: Checkpoint | None) -> None:
+    folders = list_checkpoints(newest.parent.parent)
+    keep = {newest, *folders[-save_total_limit:]} | ({resumed_from.folder} if resumed_from else set())
     losses = {folder: loss for folder in folders if (loss := _val_loss(folder)) is not None}
     if losses:
         keep.add(min(losses, key=lambda folder: losses[folder]))
     for folder in folders:
-        if folder not in keep:
+        if folder.resolve() not in {kept.resolve() for kept in keep}:
             _delete(folder)
 
 
 def _delete(folder: Path) -> None:
     """Takes its name away first, so that a kill in between leaves no half of it under that name."""
-    old = folder.with_name(f".{folder.name}.old.partial")
+    nameless = folder.with_name(f".{folder.name}{PARTIAL}")
     try:
-        folder.rename(old)
-        shutil.rmtree(old)
+        folder.rename(nameless)
+        shutil.rmtree(nameless)
     except OSError as error:
         raise RunError(f"{folder} is old and could not be deleted: {error}. Make it writable.") from error
 
@@ -223,11 +244,12 @@ def _val_loss(folder: Path) -> float | None:
         loss = json.loads((folder / STATE).read_text(encoding="utf-8"))["val_loss"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return loss if isinstance(loss, float) else None
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Raises UserError unless `folder` holds exactly what was written there."""
+    folder = folder.resolve()
     wrong = _damage(folder)
     if wrong:
         raise UserError(f"checkpoint {folder}: {wrong}. Resume from another one, or start a new run.")
@@ -250,7 +272,8 @@ def _nonsense(checkpoint: Checkpoint) -> str | None:
             if not torch.isfinite(tensor).all():
                 return f"{name}: {key} is not finite"
     try:
-        nlls, tokens = (state["interval"] or {"nlls": [0.0], "num_label_tokens": 0}).values()
+        interval = state["interval"] or {"nlls": [0.0], "num_label_tokens": 0}
+        nlls, tokens = interval["nlls"], interval["num_label_tokens"]
         run = state["run"]
         ok = (
             all(type(count) is int for count in (state["step"], state["updates"], run["rows_per_step"], tokens))
@@ -258,7 +281,7 @@ def _nonsense(checkpoint: Checkpoint) -> str | None:
             and run["rows_per_step"] > 0
             and tokens >= 0
             and len(nlls) > 0
-            and all(type(nll) is float for nll in nlls)
+            and all(type(nll) is float and math.isfinite(nll) for nll in nlls)
             and isinstance(state["val_loss"], float | None)
             and isinstance(run["recipe"], dict)
             and isinstance(run["train_file_sha256"], str)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -117,16 +118,27 @@ def mixed_precision(accelerator: Accelerator) -> str:
 
 
 def on_main_process(action: Callable[[], object], accelerator: Accelerator) -> None:
-    """Rank 0 alone does `action`; every rank enters. A UserError or RunError in it is raised on every rank."""
+    """Rank 0 alone does `action`; every rank enters. What goes wrong in it is raised on every rank."""
     told: list[Exception | None] = [None]
     if accelerator.is_main_process:
         try:
             action()
         except (UserError, RunError) as error:
             told = [error]
+        except Exception as error:  # not foreseen; the others would wait
+            traceback.print_exc()
+            told = [RunError(f"rank 0: {type(error).__name__}: {error}")]
     broadcast_object_list(told)  # collective: what goes wrong on rank 0 has to stop all
     if told[0] is not None:
         raise told[0]
+
+
+def largest_of_ranks(value: int, accelerator: Accelerator) -> int:
+    """Every rank enters with a value of its own, and gets the largest."""
+    largest = torch.tensor(value, device=accelerator.device)
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)  # collective
+    return int(largest.item())
 
 
 def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[Any, Any]:

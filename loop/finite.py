@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batch import Window
 from data.errors import RunError
-from loop.engine import mixed_precision
+from loop.engine import largest_of_ranks, mixed_precision
 from loop.optimizer_state import trainable_parameters
 from loop.step import StepResult
 
@@ -39,11 +39,11 @@ class FiniteCheck:
     def check(self, step: int, window: Window, result: StepResult) -> None:
         """Raises RunError on every rank when `step` met NaN or infinity; every rank enters.
 
-        It costs next to nothing where all is well: NaN anywhere makes the global gradient norm, which every rank
-        knows, not finite. In fp16 gradients may overflow, which lowers the loss scale, but losses may not.
+        In fp16 gradients may overflow, which lowers the loss scale, but losses may not.
         """
-        if not math.isfinite(result.grad_norm) or result.skipped:
-            if where := self._where(window, result.nlls.isfinite().tolist()):
+        finite = result.nlls.isfinite()
+        if largest_of_ranks(not (math.isfinite(result.grad_norm) and finite.all()) or result.skipped, self.accelerator):
+            if where := self._where(window, finite.tolist()):
                 raise RunError(
                     f"step {step}: the loss is not finite in the micro-batch of {where}. Nothing of this step was "
                     "kept. Look at these rows of the training file; if every rank is named, lower optim.lr."
@@ -57,6 +57,12 @@ class FiniteCheck:
                 )
         for sums in self.sums:
             sums.clear()
+
+    def check_validation(self, step: int, loss: float) -> float:
+        """`loss`; RunError on every rank when it is not finite."""
+        if not math.isfinite(loss):
+            raise RunError(f"step {step}: the validation loss is not finite. Nothing of this step was kept.")
+        return loss
 
     def _finite_sums(self, count: int) -> list[bool]:
         """Of each of `count` micro-batches on this rank: whether all gradients summed up to finite numbers."""

@@ -35,12 +35,12 @@ def find_checkpoint(name: str, recipe: Recipe) -> Checkpoint | None:
     if recipe.resume is None:
         return None
     if recipe.resume != "auto":
-        folder = Path(recipe.resume)
-        if (folder / CHECKPOINTS).is_dir():
-            return _newest(folder)
-        checkpoint = load_checkpoint(folder)
-        run_dir = folder.resolve().parent.parent
-        if folder.resolve().parent.name != CHECKPOINTS or (
+        folder = Path(recipe.resume).resolve()
+        checkpoint = _newest(folder) if (folder / CHECKPOINTS).is_dir() else load_checkpoint(folder)
+        if checkpoint is None:
+            raise UserError(f"--resume {folder}: nothing has been saved there. Start without --resume, or with auto.")
+        run_dir = checkpoint.run_dir
+        if checkpoint.folder.parent.name != CHECKPOINTS or (
             recipe.run_dir and Path(recipe.run_dir).resolve() != run_dir
         ):
             raise UserError(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data.errors import UserError
-from loop.checkpoint import Checkpoint, delete_leftovers
+from loop.checkpoint import Checkpoint, clear_up
 from loop.engine import on_main_process
 from loop.recipe import Recipe, recipe_as_dict
 
@@ -44,18 +45,16 @@ def create_run_folder(name: str, recipe: Recipe, checkpoint: Checkpoint | None, 
     A run that goes on after `checkpoint` keeps its folder; what its metrics.jsonl says of later steps goes.
     Raises UserError when the folder cannot be made.
     """
-    run_dir = (
-        checkpoint.run_dir if checkpoint else Path(recipe.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    )
-    name_of_rank_0 = [run_dir]
-    broadcast_object_list(name_of_rank_0)  # collective: the time in it differs
-    run_dir = name_of_rank_0[0]
+    step = checkpoint.step if checkpoint else 0
+    chosen = [checkpoint.run_dir if checkpoint else Path(recipe.run_dir) if recipe.run_dir else _new_name(name)]
+    broadcast_object_list(chosen)  # collective: the time in a new name is rank 0's
+    run_dir = chosen[0]
 
     def create() -> None:
         with _writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
-            delete_leftovers(run_dir)
-            _cut_metrics(run_dir / "metrics.jsonl", checkpoint.step if checkpoint else 0)
+            clear_up(run_dir, step)
+            _cut_metrics(run_dir / "metrics.jsonl", step)
             values = recipe_as_dict(recipe) | {"resume": None}
             (run_dir / "recipe.yaml").write_text(
                 yaml.safe_dump(values, allow_unicode=True, sort_keys=False), encoding="utf-8"
@@ -64,6 +63,12 @@ def create_run_folder(name: str, recipe: Recipe, checkpoint: Checkpoint | None, 
 
     on_main_process(create, accelerator)
     return run_dir
+
+
+def _new_name(name: str) -> Path:
+    folder = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    begun_in_the_same_second = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(path for path in chain([folder], begun_in_the_same_second) if not path.exists())
 
 
 def write_engine_config(run_dir: Path, accelerator: Accelerator) -> None:
@@ -92,7 +97,7 @@ def _cut_metrics(file: Path, step: int) -> None:
     if not file.exists():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             if not line.endswith("\n") or json.loads(line)["step"] > step:
                 break

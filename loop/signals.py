@@ -5,8 +5,9 @@ import signal
 import time
 from types import FrameType
 
-import torch
 from accelerate import Accelerator
+
+from loop.engine import largest_of_ranks
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 ECHO = 1.0  # seconds in which a signal is taken for the same one: a launcher passes on what a rank got as well
@@ -37,8 +38,8 @@ class StopSignals:
             os._exit(128 + self.received)  # nothing complete is lost: a checkpoint appears by one rename
 
     def agreed(self) -> int:
-        """The signal that any rank has received, or 0; collective, the same on every rank."""
-        received = torch.tensor(self.received, device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        return int(received.item())
+        """The signal that any rank has received, or 0; every rank enters. From then on each counts it as its own."""
+        agreed = largest_of_ranks(self.received, self.accelerator)
+        if agreed and not self.received:
+            self.received, self.when = agreed, time.monotonic()
+        return agreed

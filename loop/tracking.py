@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -118,11 +118,11 @@ class Tracking:
         self.first_step = first_step
         self.tracker: TrackerThread | None = None
         self.started = time.monotonic()
-        self.file = None
+        self.file: TextIO | None = None
         self.bar = None
+        on_main_process(partial(self._open, run_dir), accelerator)
         if not accelerator.is_main_process:
             return
-        self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         # In a terminal a bar; in a log file or a pipe one line for each log instead.
         self.bar = tqdm(
             total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
@@ -132,6 +132,12 @@ class Tracking:
             self.tracker = TrackerThread(start, self._finish_tracker, self.say)
             if os.environ.get("SWANLAB_MODE", "offline") == "offline":
                 self.tracker.started.wait(TrackerThread.PATIENCE)  # no network in between: let it begin with the run
+
+    def _open(self, run_dir: Path) -> None:
+        try:
+            self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{run_dir / 'metrics.jsonl'} cannot be written: {error}. Make it writable.") from error
 
     def __enter__(self) -> "Tracking":
         return self
@@ -146,6 +152,7 @@ class Tracking:
                 self.file.close()
 
     def _start_tracker(self, name: str, recipe: Recipe, run_dir: Path) -> None:
+        os.environ.setdefault("SWANLAB_PROBE_GIT", "false")  # a remote's URL may hold a password
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
         known = filter_trackers([name], str(run_dir))

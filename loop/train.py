@@ -118,7 +118,7 @@ def fit(
             metrics = interval.metrics(result, accelerator) if logs else {}
             if data.validation and step % eval_every == 0:
                 val_windows = share(data.validation, range(len(data.validation)), grad_accum_steps=1)
-                metrics["val/loss"] = validate(val_windows, model, accelerator)
+                metrics["val/loss"] = finite.check_validation(step, validate(val_windows, model, accelerator))
             tracking.advance(step)
             if metrics:
                 tracking.log(step, metrics)

@@ -69,9 +69,12 @@ class Watch:
 
     def _end(self, problem: str) -> None:
         """Not by an exception: with a rank missing, leaving in good order would wait for it again."""
-        print(f"error: {problem}", file=sys.stderr, flush=True)
-        self._clear()
-        os._exit(1)
+        try:
+            if self.folder.exists():  # otherwise another rank has seen it first, and said so
+                print(f"error: {problem}", file=sys.stderr, flush=True)
+        finally:  # whoever reads what is printed may be gone as well
+            self._clear()
+            os._exit(1)
 
     def _clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -6,6 +6,7 @@ Each case makes its files in a folder of its own and says what the one message h
 import gzip
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -367,7 +368,7 @@ CASES: dict[str, Case] = {
     "checkpoint: truncated": checkpoint(lambda folder: os.truncate(folder / "optimizer.safetensors", 100), "bytes"),
     "checkpoint: one bit": checkpoint(lambda folder: flip_last_bit(folder / "adapter_model.safetensors"), "SHA-256"),
     "checkpoint: edited": checkpoint(
-        lambda folder: (folder / STATE).write_text((folder / STATE).read_text().replace('"step": ', '"step": 1')),
+        lambda folder: (folder / STATE).write_text(re.sub('"step": .', '"step": 0', (folder / STATE).read_text())),
         "SHA-256",
     ),
     "checkpoint: no manifest": checkpoint(lambda folder: (folder / MANIFEST).unlink(), "manifest.json"),

@@ -2,13 +2,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from data.batch import IGNORE_INDEX, collate
 from data.chat import encode_row, encode_rows
 from data.errors import UserError
 from data.rows import Row
 
+TINY = Path(__file__).parents[1] / "data" / "tiny_base"
 SYSTEM = "你是一个有帮助的助手,帮我解决下面数学问题"
 ROWS = [
     Row(1, "5=", "", "王大丫丫的回答是--->1 + 4"),
@@ -19,7 +20,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "data" / "tiny_base")
+    return AutoTokenizer.from_pretrained(TINY)
 
 
 def test_prompt_and_answer_by_hand(tokenizer: Any) -> None:
@@ -90,6 +91,22 @@ def test_a_row_cannot_forge_a_turn(tokenizer: Any, field: str, forgery: str) -> 
         f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{row.instruction}\n{row.input}<|im_end|>\n"
         f"<|im_start|>assistant\n{row.output}<|im_end|>"
     )
+
+
+def test_control_tokens_that_nobody_named() -> None:
+    """Those of a tokenizer that has more than it names, and those that are not marked as special."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.add_tokens([AddedToken("<|header|>", special=True), AddedToken("<turn>", special=False)])
+    tokenizer.add_tokens([AddedToken("<ordinary>", special=False)])
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['role']", "'<turn>' + message['role']")
+    text = "a<|header|>b<turn>c<ordinary>d<<turn>><turn"
+    (example,) = encode_rows([Row(1, text, "", text)], Path("x"), "", 200, tokenizer)
+    header, turn, ordinary = (tokenizer.get_vocab()[name] for name in ("<|header|>", "<turn>", "<ordinary>"))
+    ids = example.prompt_ids + example.answer_ids
+    assert header not in ids
+    assert ids.count(turn) == 1, "the template's own"
+    assert ids.count(ordinary) == 2, "a word like others"
+    assert tokenizer.decode(ids).count(text) == 2
 
 
 def test_tokenizer_without_template_or_end(tokenizer: Any) -> None:

@@ -1,5 +1,6 @@
 """An adapter file is believed only after it was read back."""
 
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from data.errors import RunError, UserError
-from loop.checkpoint import check_adapter, load_checkpoint, save_adapter, save_checkpoint
+from loop.checkpoint import check_adapter, clear_up, list_checkpoints, load_checkpoint, save_adapter, save_checkpoint
 from loop.recipe import parse_recipe
 from loop.resume import find_checkpoint
 
@@ -44,13 +45,19 @@ def test_saved_adapter_is_the_models(model: PeftModel, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"], "nothing is left beside it"
 
 
+RUN = {"recipe": {}, "train_file_sha256": "", "rows_per_step": 1, "mixed_precision": "no"}
+
+
+def state(step: int, val_loss: float | None = None) -> dict[str, object]:
+    return {"step": step, "updates": step, "interval": None, "val_loss": val_loss, "run": RUN}
+
+
 def save(model: PeftModel, run_dir: Path, step: int, limit: int = 9, val_loss: float | None = None) -> Path:
     """A checkpoint after one real update of `model`."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
     optimizer.step()
-    state = {"step": step, "updates": step, "val_loss": val_loss}
-    return save_checkpoint(model, optimizer, run_dir, state, limit, None, Accelerator(cpu=True))
+    return save_checkpoint(model, optimizer, run_dir, state(step, val_loss), limit, None, Accelerator(cpu=True))
 
 
 def names(run_dir: Path) -> list[str]:
@@ -77,9 +84,37 @@ def test_the_best_and_the_one_resumed_from_stay(model: PeftModel, tmp_path: Path
     for p in optimizer.param_groups[0]["params"]:
         optimizer.state[p] = {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     for step in (5, 6):
-        state = {"step": step, "updates": step, "val_loss": 5.0}
-        save_checkpoint(model, optimizer, tmp_path, state, 1, resumed, Accelerator(cpu=True))
+        save_checkpoint(model, optimizer, tmp_path, state(step, 5.0), 1, resumed, Accelerator(cpu=True))
     assert names(tmp_path) == ["step-000002", "step-000004", "step-000006"]
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(model: PeftModel, tmp_path: Path) -> None:
+    for step, loss in enumerate((math.nan, 0.5, 0.9), start=1):
+        save(model, tmp_path, step, 1, val_loss=loss)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+
+
+def test_later_checkpoints_are_set_aside(model: PeftModel, tmp_path: Path) -> None:
+    """A run that goes on before them neither counts them nor deletes them, nor what it saves itself for their sake."""
+    for step in (3, 100, 200):
+        save(model, tmp_path, step)
+    before = (tmp_path / "checkpoints" / "step-000200" / "optimizer.safetensors").read_bytes()
+    clear_up(tmp_path, 3)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000003"]
+    save(model, tmp_path, 4, 1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000004"]
+    (aside,) = (tmp_path / "checkpoints").glob("aside-step-000200-*")
+    assert (aside / "optimizer.safetensors").read_bytes() == before
+
+
+def test_what_a_kill_left_is_cleared_up(model: PeftModel, tmp_path: Path) -> None:
+    """Between the two renames of a folder that is replaced, neither has its name."""
+    folder = save(model, tmp_path, 3)
+    folder.rename(folder.with_name(".step-000003.old"))
+    (tmp_path / "checkpoints" / ".step-000004.partial").mkdir()
+    clear_up(tmp_path, 3)
+    assert names(tmp_path) == ["step-000003"]
+    assert load_checkpoint(folder).step == 3
 
 
 def test_a_checkpoint_is_small_and_holds_no_base(model: PeftModel, tmp_path: Path) -> None:
@@ -174,6 +209,15 @@ def test_what_resume_means(
         found("--resume", "runs/tiny-1/checkpoints/step-000003", "--run_dir", "elsewhere")
     with pytest.raises(UserError, match="there is no such folder"):
         found("--resume", "nowhere")
+    with pytest.raises(UserError, match="a run goes on in its own folder"):
+        found("--resume", "runs/tiny-1", "--run_dir", "runs/other-1")
+    (tmp_path / "runs" / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="nothing has been saved there"):
+        found("--resume", "runs/empty")
+    monkeypatch.chdir("runs/tiny-1/checkpoints")
+    checkpoint = find_checkpoint("tiny", parse_recipe(["--resume", "step-000003"])[1])
+    assert checkpoint is not None
+    assert checkpoint.run_dir == tmp_path / "runs" / "tiny-1", "wherever one stands"
 
 
 def test_what_cannot_be_written_is_an_error(model: PeftModel, tmp_path: Path) -> None:

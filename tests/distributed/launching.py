@@ -103,8 +103,8 @@ class Running:
 
     def wait(self) -> str:
         """The output, once every process is gone."""
-        self.process.wait(timeout=300)
         deadline = time.monotonic() + BOUND
+        self.process.wait(timeout=BOUND)
         while any(Path(f"/proc/{pid}").exists() for pid in self.ranks):
             assert time.monotonic() < deadline, "a process stayed behind"
             time.sleep(0.1)

@@ -40,6 +40,7 @@ def test_on_two_processes(arguments: list[str], said: str, tmp_path: Path) -> No
         config = CONFIGS / "zero3.yaml"
     run = launch(config, *DEBUG, *arguments, folder=tmp_path / "run")
     assert run.code != 0
+    assert run.output.count("exitcode  : 2 ") == 2, "every rank's own; the launcher has but one"
     assert run.output.count("error: ") == 1, run.output
     assert said in run.output
     assert not run.folder.exists()

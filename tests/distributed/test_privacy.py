@@ -16,6 +16,7 @@ SECRETS = {
     name: f"planted-{name.lower()}-7f3a9c"
     for name in ("HF_TOKEN", "SWANLAB_API_KEY", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DATABASE_PASSWORD")
 }
+PASSWORD = "planted-in-the-remote-7f3a9c"
 # Python imports this first in every process; the launcher, the ranks and what they start write down where they turn to.
 AUDIT = """
 import json, os, sys
@@ -37,6 +38,9 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(AUDIT)
     env = SECRETS | {
+        "GIT_CONFIG_COUNT": "1",  # gives every repository this remote
+        "GIT_CONFIG_KEY_0": "remote.origin.url",
+        "GIT_CONFIG_VALUE_0": f"https://oauth2:{PASSWORD}@example.org/o/r.git",
         "HOME": str(folder / "home"),
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()),
         "PYTHONPATH": str(folder / "site"),
@@ -53,7 +57,7 @@ def test_secrets_of_the_environment_are_written_nowhere(watched: tuple[Run, Path
     run, folder = watched
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert any("swanlog" in path.parts for path in files), "the tracker has written"
-    for name, secret in SECRETS.items():
+    for name, secret in {**SECRETS, "git remote": PASSWORD}.items():
         assert secret not in run.output, name
         for path in files:
             assert secret.encode() not in path.read_bytes(), (name, path)

@@ -117,6 +117,7 @@ def test_another_mathematics_is_refused(change: list[str], said: str, whole: Any
         (("zero3", 2), ("zero0", 2)),
         (("zero3", 2), ("zero2_offload", 1)),
         (("zero2_offload", 2), ("zero1", 4)),
+        (("single_cpu", 1), ("zero3", 2)),
         (("zero0", 2), ("single_cpu", 1)),
     ],
     ids=str,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.launching import Run
-from tests.equality import STAGES, TINY, Cell, compare, history, reference, run_cell, tolerance, write_rows
+from tests.equality import STAGES, Cell, compare, history, reference, run_cell, tolerance, write_task
 
 # The last window has five rows: with two processes and accumulation 4, three of its eight places have no row.
 EVERY_STAGE = [Cell(stage, 2, 4, "non_reentrant") for stage in STAGES]
@@ -27,18 +27,18 @@ OTHER_WAYS = [
 
 
 @pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture(scope="session")
-def train(rows: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+def train(task: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """A function that launches a cell, once."""
     base = tmp_path_factory.mktemp("runs")
 
     @cache
     def run(cell: Cell) -> Run:
-        done = run_cell(cell, rows, base / str(cell))
+        done = run_cell(cell, task, base / str(cell))
         assert done.code == 0, done.output
         return done
 
@@ -46,22 +46,22 @@ def train(rows: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore
 
 
 @pytest.mark.parametrize("cell", EVERY_STAGE + OTHER_WAYS, ids=str)
-def test_is_the_reference(cell: Cell, rows: Path, train) -> None:  # type: ignore[no-untyped-def]
+def test_is_the_reference(cell: Cell, task: Path, train) -> None:  # type: ignore[no-untyped-def]
     """Per-step loss, gradient norm and learning rate, and the final adapter: within 1e-5 in fp32."""
     run = train(cell)
     assert len(run.series("train/loss")) == 20
-    found, limit = compare(history(run), reference(rows, cell.precision)), tolerance(cell, rows)
+    found, limit = compare(history(run), reference(task, cell.precision)), tolerance(cell, task)
     assert found.within(limit), f"{found}, but at most {limit}"
-    assert run.series("train/loss")[-2] < 0.9 * run.series("train/loss")[0], "nothing was learned"
+    assert run.series("train/loss")[-2] < 0.97 * run.series("train/loss")[0], "nothing was learned"
 
 
 @pytest.mark.parametrize("cell", EVERY_STAGE, ids=str)
-def test_adapter_is_whole_and_base_untouched(cell: Cell, train) -> None:  # type: ignore[no-untyped-def]
+def test_adapter_is_whole_and_base_untouched(cell: Cell, task: Path, train) -> None:  # type: ignore[no-untyped-def]
     run = train(cell)
     check = json.loads((run.folder / "base_check.json").read_text())
     assert check["different"] == []
     assert check["compared"] > 40
-    model = AutoModelForCausalLM.from_pretrained(TINY)
+    model = AutoModelForCausalLM.from_pretrained(task / "model")
     plain = {name: parameter.shape for name, parameter in model.named_parameters()}
     tuned = PeftModel.from_pretrained(model, str(run.folder / "adapter"))
     tensors = load_file(run.folder / "adapter" / "adapter_model.safetensors")
@@ -77,10 +77,14 @@ def test_adapter_is_whole_and_base_untouched(cell: Cell, train) -> None:  # type
 @pytest.mark.parametrize("count", [1, 7, 33])
 def test_rows_that_nothing_divides(count: int, tmp_path: Path) -> None:
     """On two processes with accumulation 4: no row is lost or repeated, each weighs what its label tokens do."""
-    rows = write_rows(tmp_path / "rows.jsonl", count)
-    run, judge = run_cell(Cell("zero3", 2, 4, "none"), rows, tmp_path / "run", str(rows)), reference(rows, "no")
+    task = write_task(tmp_path, count)
+    rows = str(task / "rows.jsonl")
+    run = run_cell(
+        Cell("zero3", 2, 4, "none"), task, tmp_path / "run", "--data.validation_file", rows, "--eval_every", "1"
+    )
+    judge = reference(task, "no")
     assert run.code == 0, run.output
     assert run.series("train/loss") == pytest.approx(judge.loss, rel=1e-5)
     assert run.series("train/grad_norm") == pytest.approx(judge.grad_norm, rel=1e-5)
-    if len(judge.loss) == 1:  # its learning rate is 0, so validation sees the same model on the same rows
-        assert run.series("val/loss") == pytest.approx(judge.loss, rel=1e-5)
+    # the first learning rate is 0, so the first validation sees the initial model: on all rows at once
+    assert run.series("val/loss")[0] == pytest.approx(reference(task, "no", count).loss[0], rel=1e-5)
