@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-SECONDS_TO_SPEAK = 60.0  # at most, for rank 0
+SECONDS_TO_SPEAK = 60.0  # at most, for rank 0 and for what is wrong on this rank perhaps alone
+SECONDS_TO_STOP = 3.0  # at most, for rank 0 and for what all ranks have agreed on
 
 
 class UserError(ValueError):
@@ -37,22 +38,29 @@ def exit_codes() -> Iterator[None]:
     except RunError as error:
         _leave(1, f"error: {error}")
     except Stopped as stopped:
-        _leave(128 + stopped.number, str(stopped))
+        if os.environ.get("RANK", "0") != "0":
+            _wait_for_the_launcher(128 + stopped.number, SECONDS_TO_STOP)
+        else:
+            print(stopped, file=sys.stderr, flush=True)
+        sys.exit(128 + stopped.number)
 
 
 def _leave(code: int, text: str) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        _wait_for_the_launcher(code, SECONDS_TO_SPEAK)
+        text = f"{text} (rank {rank})"  # still here: it is wrong on this rank alone
+    print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _wait_for_the_launcher(code: int, seconds: float) -> None:
     """Rank 0 speaks and goes first, because a launcher ends the others by SIGTERM as soon as one is gone.
 
-    Where that does not come, what is wrong is wrong on this rank alone, and it says so itself.
+    A launcher that was told to stop itself has sent its SIGTERM already, and kills half a minute later.
     """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0" and SECONDS_TO_SPEAK:
-        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
-        time.sleep(SECONDS_TO_SPEAK)
-        text = f"{text} (rank {rank})"
-    if rank == "0" or SECONDS_TO_SPEAK:
-        print(text, file=sys.stderr, flush=True)
-    sys.exit(code)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
+    time.sleep(seconds)
 
 
 def end_process(main: Callable[[Sequence[str]], None]) -> None:

@@ -35,7 +35,7 @@ def test_a_signal_stops_every_rank_after_the_same_step(number: int, whom: str, t
     )
     if whom == "rank 1":
         assert output.count(f"exitcode  : {128 + number} ") == 2, "every rank's own"
-    (folder,) = list_checkpoints(run.folder)
+    *_, folder = list_checkpoints(run.folder)
     assert load_checkpoint(folder).step == last_step(run.folder)
     assert f"stopped after step {last_step(run.folder)} as asked; go on with --resume {folder}" in output
 
