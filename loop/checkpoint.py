@@ -284,6 +284,7 @@ def _nonsense(checkpoint: Checkpoint) -> str | None:
             and all(type(nll) is float and math.isfinite(nll) for nll in nlls)
             and isinstance(state["val_loss"], float | None)
             and isinstance(run["recipe"], dict)
+            and isinstance(run["model_sha256"], str)
             and isinstance(run["train_file_sha256"], str)
             and isinstance(run["mixed_precision"], str)
         )

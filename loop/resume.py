@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from peft import get_peft_model_state_dict
+from transformers.utils.hub import cached_file
 
 from data.batch import Window
 from data.errors import UserError
@@ -14,15 +15,18 @@ from loop.build import rows_per_step
 from loop.checkpoint import CHECKPOINTS, Checkpoint, list_checkpoints, load_checkpoint, unwrap
 from loop.engine import mixed_precision
 from loop.optimizer_state import restore_optimizer, trainable_parameters
-from loop.recipe import Recipe, find_path, recipe_as_dict
+from loop.recipe import Recipe, find_model, find_path, recipe_as_dict
 
 # Keys that may differ: they change neither what is learned nor in which order. The batch may be cut up in another
-# way as long as its product stays, and the training file may lie elsewhere as long as its content is the same.
+# way as long as its product stays; model and training file may lie elsewhere as long as their content is the same.
 FREE = {
     "run_dir", "resume", "tracker", "log_every", "eval_every", "save_every", "save_total_limit", "rank_timeout",
-    "gradient_checkpointing", "micro_batch_size", "grad_accum_steps", "model.attn_implementation",
-    "model.trust_remote_code", "data.train_file", "data.validation_file", "data.max_length",
+    "gradient_checkpointing", "micro_batch_size", "grad_accum_steps", "model.name_or_path",
+    "model.attn_implementation", "model.trust_remote_code", "data.train_file", "data.validation_file",
+    "data.max_length",
 }  # fmt: skip
+MODEL_FILES = ("config.json", "tokenizer*", "vocab.*", "merges.txt", "chat_template*", "*.safetensors")
+SAMPLES, SAMPLE = 64, 64 * 1024  # of a file: places that are read, and bytes in each
 
 
 def find_checkpoint(name: str, recipe: Recipe) -> Checkpoint | None:
@@ -77,10 +81,26 @@ def fingerprint(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     """What decides the mathematics of a run: kept in its checkpoints, compared when one is resumed."""
     return {
         "recipe": recipe_as_dict(recipe),
+        "model_sha256": _model_sha256(recipe),
         "train_file_sha256": hashlib.sha256(find_path(recipe.data.train_file).read_bytes()).hexdigest(),
         "rows_per_step": rows_per_step(recipe, accelerator),
         "mixed_precision": mixed_precision(accelerator),
     }
+
+
+def _model_sha256(recipe: Recipe) -> str:
+    """Of the base model's configuration, its tokenizer and samples of its weights, which are many gigabytes."""
+    config = cached_file(find_model(recipe.model.name_or_path), "config.json", local_files_only=True)
+    assert config is not None
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in MODEL_FILES for file in Path(config).parent.glob(pattern)}):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            for start in range(0, size, max(SAMPLE, size // SAMPLES)):
+                opened.seek(start)
+                digest.update(opened.read(SAMPLE))
+    return digest.hexdigest()
 
 
 def check_resumable(checkpoint: Checkpoint | None, recipe: Recipe, total_steps: int, accelerator: Accelerator) -> None:
@@ -93,6 +113,8 @@ def check_resumable(checkpoint: Checkpoint | None, recipe: Recipe, total_steps: 
         for key, old, new in _pairs(then["recipe"], now["recipe"])
         if old != new and key not in FREE
     ]
+    if then["model_sha256"] != now["model_sha256"]:
+        differences.append(f"model: the content of {recipe.model.name_or_path} is not that of the run's base model")
     if then["train_file_sha256"] != now["train_file_sha256"]:
         differences.append(f"data.train_file: the content of {recipe.data.train_file} is not that of the run's file")
     if then["mixed_precision"] != now["mixed_precision"]:

@@ -158,6 +158,14 @@ def retensor(name: str, change: Callable[[dict[str, Any]], object], said: str) -
     return checkpoint(rewrite, said, resign=True)
 
 
+def another_base(folder: Path) -> list[str]:
+    """A run that is to go on with a base model of which the last weight differs."""
+    return [
+        *checkpoint(lambda last: None, "").make(folder),
+        *tensors(lambda held: held[max(held)].view(-1)[-1].add_(1), "").make(folder),
+    ]
+
+
 def first(held: dict[str, Any]) -> str:
     return min(held)
 
@@ -407,6 +415,7 @@ CASES: dict[str, Case] = {
     "checkpoint: moments missing": retensor(
         "optimizer.safetensors", lambda held: held.pop(first(held)), "optimizer.safetensors"
     ),
+    "checkpoint: another base model": Case(another_base, "is not that of the run's base model"),
     "checkpoint: another learning rate": checkpoint(
         lambda folder: None, "optim.lr: 0.0001 then, 0.5 now", more=["--optim.lr", "0.5"]
     ),

@@ -45,7 +45,7 @@ def test_saved_adapter_is_the_models(model: PeftModel, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"], "nothing is left beside it"
 
 
-RUN = {"recipe": {}, "train_file_sha256": "", "rows_per_step": 1, "mixed_precision": "no"}
+RUN = {"recipe": {}, "model_sha256": "", "train_file_sha256": "", "rows_per_step": 1, "mixed_precision": "no"}
 
 
 def state(step: int, val_loss: float | None = None) -> dict[str, object]:
