@@ -1,6 +1,7 @@
 """Builds what a run consists of: tokenizer, examples, model with LoRA, optimizer and schedule."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,7 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     said = f"model.name_or_path {name}: "
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # what it would print is in `found`
+    transformers.utils.logging.disable_progress_bar()
     try:
         model, found = _open_model(
             recipe, device_map={"": "meta"}, ignore_mismatched_sizes=True, output_loading_info=True
@@ -97,7 +99,8 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     if missing:
         raise UserError(f"lora.target_modules: {name} has no layers named {', '.join(missing)}.")
     try:
-        get_peft_model(model, _lora_config(recipe))
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of transformers, for PEFT's authors
+            get_peft_model(model, _lora_config(recipe))
     except Exception as error:  # PEFT has several for what it cannot adapt
         raise UserError(f"lora.target_modules: {name} cannot get such adapters: {_reason(error)}") from error
 
@@ -125,7 +128,6 @@ def _lora_config(recipe: Recipe) -> LoraConfig:
 
 def build_model(recipe: Recipe, accelerator: Accelerator) -> PeftModel:
     """The base model, frozen, with fresh LoRA adapters. Every rank enters: at stage 3 rank 0 reads and shares."""
-    transformers.utils.logging.disable_progress_bar()
     base = _open_model(recipe, dtype=WEIGHT_DTYPES[mixed_precision(accelerator)])
     base.config.use_cache = False  # a cache is of no use in training
     if recipe.gradient_checkpointing != "none":

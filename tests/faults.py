@@ -20,7 +20,7 @@ from pathlib import Path
 from data.errors import UserError
 from loop.checkpoint import list_checkpoints, load_checkpoint
 from tests.distributed.kill_worker import PHASES
-from tests.distributed.launching import CONFIGS, DEBUG, ROOT, children, clean_environment, last_step
+from tests.distributed.launching import CONFIGS, DEBUG, ROOT, children, clean_environment, last_step, launcher_command
 from tests.guarantees import write_section
 
 STAGES = ("zero3", "zero0", "zero2_offload")
@@ -42,16 +42,9 @@ class Figures:
 
 
 def start(stage: str, folder: Path, kill: str | None, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", str(CONFIGS / f"{stage}.yaml"), "--main_process_port", "0"]
-    command += [
-        str(ROOT / "tests" / "distributed" / "kill_worker.py"),
-        *RUN,
-        "--run_dir",
-        str(folder),
-        "--resume",
-        "auto",
-    ]
+    script = ROOT / "tests" / "distributed" / "kill_worker.py"
+    command = [*launcher_command(CONFIGS / f"{stage}.yaml"), str(script), *RUN]
+    command += ["--run_dir", str(folder), "--resume", "auto"]
     env = clean_environment() | ({"KILL": kill} if kill else {})
     with log.open("wb") as out:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)

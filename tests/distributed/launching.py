@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accel_configs"
+TRAIN = ROOT / "loop" / "train.py"
 WORKER = ROOT / "tests" / "distributed" / "worker.py"
 DEBUG = ("--config", str(ROOT / "loop" / "recipes" / "debug.yaml"))
 ENDLESS = ("--epochs", "10000", "--save_every", "1000", "--rank_timeout", "5")
@@ -45,16 +46,21 @@ def launch(
     folder: Path,
     processes: int | None = None,
     precision: str | None = None,
-    script: Path = ROOT / "loop" / "train.py",
+    script: Path = TRAIN,
     env: dict[str, str] | None = None,
     options: Sequence[str] = (),
 ) -> Run:
     """`accelerate launch --config_file CONFIG script arguments --run_dir folder`, and its outcome."""
-    options = ["--config_file", str(config), "--main_process_port", "0", *options]
-    options += ["--num_processes", str(processes)] if processes else []
-    options += ["--mixed_precision", precision] if precision else []
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options, str(script), *arguments]
-    return start([*command, "--run_dir", str(folder)], folder, env)
+    command = [*launcher_command(config), *options]
+    command += ["--num_processes", str(processes)] if processes else []
+    command += ["--mixed_precision", precision] if precision else []
+    return start([*command, str(script), *arguments, "--run_dir", str(folder)], folder, env)
+
+
+def launcher_command(config: Path) -> list[str]:
+    """accelerate launch, at any free port."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    return [*command, "--config_file", str(config), "--main_process_port", "0"]
 
 
 def start(command: list[str], folder: Path, env: dict[str, str] | None = None) -> Run:
@@ -87,13 +93,10 @@ def last_step(folder: Path) -> int:
 class Running:
     """A training that goes on until it is stopped."""
 
-    def __init__(self, folder: Path, launcher: bool, *arguments: str) -> None:
+    def __init__(self, folder: Path, launcher: bool, *arguments: str, script: Path = TRAIN) -> None:
         self.folder, self.log = folder, folder.with_suffix(".txt")
-        command = [sys.executable]
-        if launcher:
-            command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-            command += ["--config_file", str(CONFIGS / "zero3.yaml")]
-        command += [str(ROOT / "loop" / "train.py"), *DEBUG, *ENDLESS, *arguments, "--run_dir", str(folder)]
+        command = launcher_command(CONFIGS / "zero3.yaml") if launcher else [sys.executable]
+        command += [str(script), *DEBUG, *ENDLESS, *arguments, "--run_dir", str(folder)]
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=out, stderr=out)
         while last_step(folder) < 5:

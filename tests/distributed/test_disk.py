@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 
 from loop.checkpoint import list_checkpoints, load_checkpoint
-from tests.distributed.launching import CONFIGS, DEBUG, ROOT, Run, launch, start
+from tests.distributed.launching import CONFIGS, DEBUG, TRAIN, Run, launch, launcher_command, start
 
 LIMIT = 500  # KiB a file: an adapter of 160 KB fits, its optimizer state of 950 KB does not
 
 
 def with_small_files(folder: Path, *arguments: str) -> Run:
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-    command += ["--config_file", str(CONFIGS / "zero3.yaml"), str(ROOT / "loop" / "train.py"), *DEBUG, *arguments]
-    line = f"ulimit -f {LIMIT}; exec {shlex.join([*command, '--run_dir', str(folder)])}"
+    command = [*launcher_command(CONFIGS / "zero3.yaml"), str(TRAIN), *DEBUG, *arguments, "--run_dir", str(folder)]
+    line = f"ulimit -f {LIMIT}; exec {shlex.join(command)}"
     return start(["bash", "-c", line], folder)
 
 
@@ -83,9 +82,14 @@ def on_a_disk_of(size: str, tmp_path: Path, first: str, *arguments: str) -> Run:
     """
     disk, folder = tmp_path / "disk", tmp_path / "left behind"
     disk.mkdir()
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-    command += ["--config_file", str(CONFIGS / "zero3.yaml"), str(ROOT / "loop" / "train.py"), *DEBUG, *arguments]
-    command += ["--run_dir", str(disk / "run")]
+    command = [
+        *launcher_command(CONFIGS / "zero3.yaml"),
+        str(TRAIN),
+        *DEBUG,
+        *arguments,
+        "--run_dir",
+        str(disk / "run"),
+    ]
     script = f"""
 mount -t tmpfs -o size={size} none {shlex.quote(str(disk))}
 {first.format(disk=shlex.quote(str(disk)))}

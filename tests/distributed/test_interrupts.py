@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,13 +9,9 @@ import pytest
 
 from loop.checkpoint import list_checkpoints, load_checkpoint
 from tests.distributed.launching import (
-    BOUND,
     CONFIGS,
     DEBUG,
-    ENDLESS,
-    ROOT,
     Running,
-    clean_environment,
     last_step,
     launch,
 )
@@ -40,35 +34,41 @@ def test_a_signal_stops_every_rank_after_the_same_step(number: int, whom: str, t
     assert f"stopped after step {last_step(run.folder)} as asked; go on with --resume {folder}" in output
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    """While the first one waits for the end of a step that never comes: the process sleeps in it."""
-    script = f"""
-import sys, time
-import loop.train
+ENDLESS_STEP = """
+import pathlib, sys, time
 from unittest.mock import patch
+import loop.train
+from data.errors import end_process
 real = loop.train.train_step
-def slow(*args):
-    slow.steps += 1
-    if slow.steps == 8:
-        open({str(tmp_path / "asleep")!r}, "w").close()
-        while True:
-            time.sleep(0.1)
-    return real(*args)
-slow.steps = 0
-with patch("loop.train.train_step", slow):
-    loop.train.main({[*DEBUG, *ENDLESS, "--save_every", "3", "--run_dir", str(tmp_path / "run")]!r})
-"""
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=clean_environment())
-    while not (tmp_path / "asleep").exists():
-        assert process.poll() is None
+def sleep_in_step_8(*args):
+    sleep_in_step_8.steps += 1
+    while sleep_in_step_8.steps == 8:
+        pathlib.Path(sys.argv[0]).with_name("asleep").touch()
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)  # a launcher's echo of the first
+    return real(*args)
+sleep_in_step_8.steps = 0
+with patch("loop.train.train_step", sleep_in_step_8):
+    end_process(loop.train.main)
+"""
+
+
+@pytest.mark.parametrize("launcher", [False, True])
+def test_a_second_ctrl_c_stops_at_once(launcher: bool, tmp_path: Path) -> None:
+    """While the first one waits for the end of a step that never comes."""
+    (tmp_path / "endless.py").write_text(ENDLESS_STEP)
+    run = Running(tmp_path / "run", launcher, "--save_every", "3", script=tmp_path / "endless.py")
+    while not (tmp_path / "asleep").exists():
+        assert run.process.poll() is None, run.log.read_text()
+        time.sleep(0.1)
+    run.process.send_signal(signal.SIGINT)
+    if not launcher:
+        run.process.send_signal(signal.SIGINT)  # a launcher's echo of the first
     time.sleep(1.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=BOUND) == 130
-    assert [load_checkpoint(folder).step for folder in list_checkpoints(tmp_path / "run")][-1] == 6
+    assert run.process.poll() is None
+    run.process.send_signal(signal.SIGINT)
+    run.wait()
+    assert run.process.returncode == (1 if launcher else 130)
+    assert load_checkpoint(list_checkpoints(run.folder)[-1]).step == (7 if launcher else 6), "the last one before"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
