@@ -1,7 +1,9 @@
 """The Accelerator: one process's view of the launch, with the real DeepSpeed engine on GPUs and on CPUs."""
 
+import contextlib
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from loop.deepspeed_config import deepspeed_config, keep_grad_norm, size_buckets
 from loop.optimizer_state import set_update_count
 from loop.recipe import ROOT, Recipe
 
+LOCK_AGE = 10.0  # seconds after which a lock on an extension's folder is not that of this run's other ranks
 LOOPBACK = Path("/sys/class/net/lo")  # on Linux
 NO_LAUNCHER_CONFIG = ROOT / "accel_configs" / "zero3.yaml"
 
@@ -153,12 +156,16 @@ def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerato
 
 
 def _announce_builds(zero: dict[str, Any]) -> None:
-    """Tells the user why nothing happens for a minute when DeepSpeed first meets a CPU."""
+    """Tells the user why nothing happens: a minute's build, or a wait for a process that was killed in one."""
     wanted = [] if torch.cuda.is_available() else ["deepspeed_shm_comm"]
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         wanted.append("cpu_adam")
     built = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
     for name in wanted:
+        for lock in built.glob(f"**/{name}/lock"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - lock.stat().st_mtime > LOCK_AGE:
+                    print(f"waiting for {lock}: if no other process builds {name}, delete that file", flush=True)
         if not list(built.glob(f"**/{name}/*.so")):
             print(f"DeepSpeed builds its C++ extension {name} now: about a minute, once for this user", flush=True)
 

@@ -1,10 +1,14 @@
 """The distributed world has to be the one that was launched."""
 
+import os
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
+from torch.utils.cpp_extension import _get_build_directory
 
 from data.errors import UserError
 from loop import engine
@@ -72,3 +76,16 @@ print("norm", float(optimizer._global_grad_norm))
 """
     run = start([sys.executable, "-c", script], ROOT)
     assert run.output.splitlines()[-1] == "norm 5.0", run.output
+
+
+@pytest.mark.parametrize("age", [0, 60])
+def test_a_lock_that_a_killed_build_left_is_named(
+    age: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch waits for its file to go away, and says nothing."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = Path(_get_build_directory("cpu_adam", verbose=False))
+    (folder / "lock").touch()
+    os.utime(folder / "lock", (time.time() - age,) * 2)
+    engine._announce_builds({"offload_optimizer": {"device": "cpu"}})
+    assert (f"waiting for {folder / 'lock'}: " in capsys.readouterr().out) == (age > 0)
