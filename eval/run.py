@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -134,7 +135,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def questions(args: argparse.Namespace) -> list[Question]:
     """One for each model to ask; UserError when the run, the recipe, the model or the rows are not there."""
     if args.run:
-        for file in ("recipe.yaml", f"adapter/{ADAPTER}"):
+        for file in ("recipe.yaml", "adapter/adapter_config.json", f"adapter/{ADAPTER}"):
             if not (args.run / file).is_file():
                 raise UserError(f"--run {args.run}: no {file} in there. Give the folder of a finished training.")
     recipe = parse_recipe(["--config", str(args.run / "recipe.yaml" if args.run else args.config)])[1]
@@ -145,9 +146,9 @@ def questions(args: argparse.Namespace) -> list[Question]:
     )
     adapters = {"base": None, "tuned": args.run / "adapter"} if args.run else {"base": None}
     model = find_model(recipe.model.name_or_path)
-    check_model(recipe, build_tokenizer(recipe))  # fails here rather than in a worker
+    adapted = check_model(recipe, build_tokenizer(recipe))  # fails here rather than in a worker
     if args.run:
-        _check_adapter(args.run / "adapter" / ADAPTER)
+        _check_adapter(args.run / "adapter" / ADAPTER, adapted)
     return [
         Question(
             label=label,
@@ -164,11 +165,16 @@ def questions(args: argparse.Namespace) -> list[Question]:
     ]
 
 
-def _check_adapter(file: Path) -> None:
+def _check_adapter(file: Path, model: PeftModel) -> None:
+    """PEFT only warns of an adapter that is not this model's, which then answers as the base does."""
     try:
-        load_file(file)
+        found = {name: tensor.shape for name, tensor in load_file(file).items()}
     except Exception as error:  # safetensors has an exception of its own
         raise UserError(f"{file}: cannot be read: {error}. Copy it anew, or train once more.") from error
+    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+    if found != expected:
+        other = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise UserError(f"{file}: is not of the model and the recipe of this run, first in {other}. Train once more.")
 
 
 def _not_a_question(row: Row) -> str | None:

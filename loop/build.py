@@ -61,8 +61,8 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:500]}"
 
 
-def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Opens the model without its weights, each process for itself, so that all of them come to the same verdict.
+def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+    """Opens the model, with adapters but without weights, each process for itself: all come to the same verdict.
 
     Later, at stage 3, rank 0 alone reads the weights, and what is wrong with them would leave the others waiting.
     Raises UserError when it cannot be opened, when weights are missing or of another shape, when there are
@@ -100,9 +100,11 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError(f"lora.target_modules: {name} has no layers named {', '.join(missing)}.")
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of transformers, for PEFT's authors
-            get_peft_model(model, _lora_config(recipe))
+            adapted = get_peft_model(model, _lora_config(recipe))
     except Exception as error:  # PEFT has several for what it cannot adapt
         raise UserError(f"lora.target_modules: {name} cannot get such adapters: {_reason(error)}") from error
+    assert isinstance(adapted, PeftModel)
+    return adapted
 
 
 def _open_model(recipe: Recipe, **how: Any) -> Any:

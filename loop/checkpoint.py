@@ -249,7 +249,7 @@ def _val_loss(folder: Path) -> float | None:
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Raises UserError unless `folder` holds exactly what was written there."""
-    folder = folder.resolve()
+    folder = Path(os.path.abspath(folder))
     wrong = _damage(folder)
     if wrong:
         raise UserError(f"checkpoint {folder}: {wrong}. Resume from another one, or start a new run.")

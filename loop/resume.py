@@ -1,12 +1,16 @@
 """--resume: which checkpoint, and whether this run may go on from it."""
 
 import hashlib
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from peft import get_peft_model_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from data.batch import Window
@@ -25,7 +29,10 @@ FREE = {
     "model.attn_implementation", "model.trust_remote_code", "data.train_file", "data.validation_file",
     "data.max_length",
 }  # fmt: skip
-MODEL_FILES = ("config.json", "tokenizer*", "vocab.*", "merges.txt", "chat_template*", "*.safetensors")
+MODEL_FILES = (
+    "config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "*.py",
+)  # fmt: skip
 SAMPLES, SAMPLE = 64, 64 * 1024  # of a file: places that are read, and bytes in each
 
 
@@ -39,13 +46,13 @@ def find_checkpoint(name: str, recipe: Recipe) -> Checkpoint | None:
     if recipe.resume is None:
         return None
     if recipe.resume != "auto":
-        folder = Path(recipe.resume).resolve()
+        folder = Path(os.path.abspath(recipe.resume))  # not resolve(): checkpoints/ may be a link to a larger disk
         checkpoint = _newest(folder) if (folder / CHECKPOINTS).is_dir() else load_checkpoint(folder)
         if checkpoint is None:
             raise UserError(f"--resume {folder}: nothing has been saved there. Start without --resume, or with auto.")
         run_dir = checkpoint.run_dir
         if checkpoint.folder.parent.name != CHECKPOINTS or (
-            recipe.run_dir and Path(recipe.run_dir).resolve() != run_dir
+            recipe.run_dir and Path(recipe.run_dir).resolve() != run_dir.resolve()
         ):
             raise UserError(
                 f"--resume {folder}: a run goes on in its own folder. Leave run_dir out, or set it to {run_dir}."
@@ -56,10 +63,11 @@ def find_checkpoint(name: str, recipe: Recipe) -> Checkpoint | None:
         if found is None and os.environ.get("RANK", "0") == "0":
             print(f"--resume auto: no checkpoint in {recipe.run_dir} yet; starting at step 0", flush=True)
         return found
-    runs = sorted((path for path in Path("runs").glob(f"{name}-*") if list_checkpoints(path)), key=os.path.getmtime)
+    own = re.compile(rf"{re.escape(name)}-\d{{8}}-\d{{6}}(-\d+)?")  # and not another recipe's of a longer name
+    runs = [path for path in Path("runs").glob("*") if own.fullmatch(path.name) and list_checkpoints(path)]
     if not runs:
         raise UserError(f"--resume auto: no run of {name} with a checkpoint under runs/. Start without --resume.")
-    return _newest(runs[-1])
+    return _newest(max(runs, key=os.path.getmtime))
 
 
 def _newest(run_dir: Path) -> Checkpoint | None:
@@ -92,8 +100,12 @@ def _model_sha256(recipe: Recipe) -> str:
     """Of the base model's configuration, its tokenizer and samples of its weights, which are many gigabytes."""
     config = cached_file(find_model(recipe.model.name_or_path), "config.json", local_files_only=True)
     assert config is not None
+    folder = Path(config).parent
+    files = {file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    weights = json.loads(index.read_text())["weight_map"].values() if index.is_file() else [SAFE_WEIGHTS_NAME]
     digest = hashlib.sha256()
-    for file in sorted({file for pattern in MODEL_FILES for file in Path(config).parent.glob(pattern)}):
+    for file in sorted(files | {folder / name for name in weights if (folder / name).is_file()}):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as opened:
@@ -104,7 +116,10 @@ def _model_sha256(recipe: Recipe) -> str:
 
 
 def check_resumable(checkpoint: Checkpoint | None, recipe: Recipe, total_steps: int, accelerator: Accelerator) -> None:
-    """Raises UserError, with the list of differences, when going on would not be the same run."""
+    """Raises UserError, with the list of differences, when going on would not be the same run; every rank enters."""
+    steps = gather_object([checkpoint.step if checkpoint else None])  # collective
+    if len(set(steps)) > 1:
+        raise UserError(f"--resume: not every rank has read the same checkpoint; their steps are {steps}.")
     if checkpoint is None:
         return
     then, now = checkpoint.state["run"], fingerprint(recipe, accelerator)

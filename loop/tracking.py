@@ -75,13 +75,15 @@ class TrackerThread:
     The first exception is said once and ends it. What it hangs in is left behind when the process ends.
     """
 
-    PATIENCE = 30.0  # seconds, at the end of a run, for a tracker that has worked so far
-    HASTE = 0.5  # seconds, for one that never started, or where the run itself failed
+    PATIENCE = 30.0  # seconds, at the end of a run, counted from the beginning of what the tracker is doing
+    HASTE = 0.5  # seconds, for one that is in that for longer or never started, or where the run itself failed
+    STOP = 5.0  # seconds, where the run was asked to stop
 
     def __init__(self, start: Callable[[], None], finish: Callable[[], None], say: Callable[[str], None]) -> None:
         self.finish, self.say = finish, say
         self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.started = threading.Event()
+        self.job_begun = time.monotonic()
         self.jobs.put(start)
         self.jobs.put(self.started.set)
         self.thread = threading.Thread(target=self._work, daemon=True)
@@ -90,17 +92,20 @@ class TrackerThread:
     def _work(self) -> None:
         try:
             while job := self.jobs.get():
+                self.job_begun = time.monotonic()
                 job()
+                self.job_begun = math.inf
             self.finish()
         except (Exception, SystemExit) as error:
             self.say(f"warning: the tracker stopped and the run goes on without it: {error}")
         finally:
             self.started.set()
 
-    def close(self, haste: bool = False) -> None:
-        """Waits until everything is handed over."""
+    def close(self, patience: float = PATIENCE) -> None:
+        """Waits until everything is handed over, at most `patience` seconds."""
+        spent = max(0.0, time.monotonic() - self.job_begun)
         self.jobs.put(None)
-        self.thread.join(self.PATIENCE if self.started.is_set() and not haste else self.HASTE)
+        self.thread.join(max(self.HASTE, patience - spent) if self.started.is_set() else self.HASTE)
         if self.thread.is_alive():
             self.say("warning: the tracker did not come to an end and is left behind")
 
@@ -130,7 +135,7 @@ class Tracking:
         if recipe.tracker is not None:
             start = partial(self._start_tracker, recipe.tracker, recipe, run_dir)
             self.tracker = TrackerThread(start, self._finish_tracker, self.say)
-            if os.environ.get("SWANLAB_MODE", "offline") == "offline":
+            if recipe.tracker == "swanlab" and os.environ.get("SWANLAB_MODE", "offline") == "offline":
                 self.tracker.started.wait(TrackerThread.PATIENCE)  # no network in between: let it begin with the run
 
     def _open(self, run_dir: Path) -> None:
@@ -144,7 +149,8 @@ class Tracking:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.tracker is not None:
-            self.tracker.close(haste=not isinstance(error, Stopped | None))
+            patience = {type(None): TrackerThread.PATIENCE, Stopped: TrackerThread.STOP}
+            self.tracker.close(patience.get(type(error), TrackerThread.HASTE))
         if self.bar is not None:
             self.bar.close()
         if self.file is not None:

@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
     accelerator = build_accelerator(recipe)
     with Watch(recipe.rank_timeout, accelerator) as watch:
         total_steps = recipe.epochs * num_windows(len(data.train), rows_per_step(recipe, accelerator))
+        watch.step = checkpoint.step if checkpoint else 0
         check_resumable(checkpoint, recipe, total_steps, accelerator)
         model = build_model(recipe, accelerator)
         restore_adapter(checkpoint, model, accelerator)

@@ -60,12 +60,18 @@ class Watch:
                 while not all(map(self._is_done, range(len(self.pids)))) and time.monotonic() < deadline:
                     time.sleep(BEAT / 10)
                 self._clear()
+            elif isinstance(error, Stopped):  # who leaves before rank 0 makes a launcher end it
+                deadline = time.monotonic() + self.timeout
+                while self.folder.exists() and time.monotonic() < deadline:
+                    time.sleep(BEAT / 10)
             return
         deadline = time.monotonic() + 4 * BEAT
         while time.monotonic() < deadline:  # a peer's death breaks a collective before it shows elsewhere
             if gone := self._gone():
                 self._end(gone)
             time.sleep(BEAT / 10)
+        if self.rank == 0:
+            self._clear()
 
     def _end(self, problem: str) -> None:
         """Not by an exception: with a rank missing, leaving in good order would wait for it again."""

@@ -5,6 +5,8 @@ import re
 import time
 from importlib.metadata import version
 
+import torch
+
 from tests.distributed.launching import ROOT
 
 PAGE = ROOT / "docs" / "guarantees.md"
@@ -13,7 +15,10 @@ PAGE = ROOT / "docs" / "guarantees.md"
 def write_section(title: str, command: str, text: str) -> None:
     """Replaces the section `title` by `text`, with the date, the machine and the versions that it was found with."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate", "peft"))
-    said = f"Written by `{command}` on {time.strftime('%Y-%m-%d')}, {platform.machine()} CPUs, gloo; {versions}."
+    device = (
+        f"{torch.cuda.get_device_name()}, NCCL" if torch.cuda.is_available() else f"{platform.machine()} CPUs, gloo"
+    )
+    said = f"Written by `{command}` on {time.strftime('%Y-%m-%d')}, {device}; {versions}."
     section = f"## {title}\n\n{said}\n\n{text.strip()}\n"
     page = PAGE.read_text(encoding="utf-8")
     old = re.search(rf"^## {re.escape(title)}$.*?(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)

@@ -19,6 +19,7 @@ from data.errors import RunError, UserError
 from loop.checkpoint import check_adapter, clear_up, list_checkpoints, load_checkpoint, save_adapter, save_checkpoint
 from loop.recipe import parse_recipe
 from loop.resume import find_checkpoint
+from tests.hostile import EVIL, flip_last_bit
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny_base")
 
@@ -127,7 +128,6 @@ def test_a_checkpoint_is_small_and_holds_no_base(model: PeftModel, tmp_path: Pat
     assert sum(tensor.numel() for tensor in checkpoint.optimizer.values()) == 2 * trainable
 
 
-EVIL = b"cos\nsystem\n(S'touch /tmp/plainloop-was-here'\ntR."  # a pickle that runs a command
 DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "no manifest": ("no manifest.json", lambda folder: (folder / "manifest.json").unlink()),
     "manifest is no JSON": ("no manifest.json that can be read", lambda f: (f / "manifest.json").write_text("{")),
@@ -146,12 +146,6 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "folder missing": ("there is no such folder", shutil.rmtree),
 }
-
-
-def flip_last_bit(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
 
 
 def replace(file: Path, old: str, new: str) -> None:
@@ -180,7 +174,7 @@ def test_a_damaged_checkpoint_is_refused_and_auto_passes_it_over(
         shutil.rmtree(tmp_path / "checkpoints" / "step-000006")
         with pytest.raises(UserError, match="has no whole checkpoint"):
             find_checkpoint("tiny", recipe)
-    assert not Path("/tmp/plainloop-was-here").exists()
+    assert not Path("plainloop-was-here").exists()
 
 
 def test_what_resume_means(
@@ -195,29 +189,30 @@ def test_what_resume_means(
     assert found() is None
     with pytest.raises(UserError, match=r"no run of tiny with a checkpoint under runs/\. Start without --resume"):
         found("--resume", "auto")
-    assert found("--resume", "auto", "--run_dir", "runs/tiny-1") is None
+    assert found("--resume", "auto", "--run_dir", "runs/tiny-20260101-000000") is None
     assert "starting at step 0" in capsys.readouterr().out, "not silently"
-    for name in ("tiny-1", "other-1"):
+    for name in ("tiny-20260101-000000", "other-1", "tiny-long-20260101-000000"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    save(model, Path("runs/tiny-1"), 3)
-    save(model, Path("runs/tiny-1"), 10)
+    save(model, Path("runs/tiny-20260101-000000"), 3)
+    save(model, Path("runs/tiny-20260101-000000"), 10)
     save(model, Path("runs/other-1"), 99)
-    (tmp_path / "runs" / "tiny-1" / "checkpoints" / ".step-000011.partial").mkdir()
-    assert found("--resume", "auto") == found("--resume", "runs/tiny-1") == 10
-    assert found("--resume", "runs/tiny-1/checkpoints/step-000003") == 3
+    save(model, Path("runs/tiny-long-20260101-000000"), 98)
+    (tmp_path / "runs" / "tiny-20260101-000000" / "checkpoints" / ".step-000011.partial").mkdir()
+    assert found("--resume", "auto") == found("--resume", "runs/tiny-20260101-000000") == 10
+    assert found("--resume", "runs/tiny-20260101-000000/checkpoints/step-000003") == 3
     with pytest.raises(UserError, match="a run goes on in its own folder"):
-        found("--resume", "runs/tiny-1/checkpoints/step-000003", "--run_dir", "elsewhere")
+        found("--resume", "runs/tiny-20260101-000000/checkpoints/step-000003", "--run_dir", "elsewhere")
     with pytest.raises(UserError, match="there is no such folder"):
         found("--resume", "nowhere")
     with pytest.raises(UserError, match="a run goes on in its own folder"):
-        found("--resume", "runs/tiny-1", "--run_dir", "runs/other-1")
+        found("--resume", "runs/tiny-20260101-000000", "--run_dir", "runs/other-1")
     (tmp_path / "runs" / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="nothing has been saved there"):
         found("--resume", "runs/empty")
-    monkeypatch.chdir("runs/tiny-1/checkpoints")
+    monkeypatch.chdir("runs/tiny-20260101-000000/checkpoints")
     checkpoint = find_checkpoint("tiny", parse_recipe(["--resume", "step-000003"])[1])
     assert checkpoint is not None
-    assert checkpoint.run_dir == tmp_path / "runs" / "tiny-1", "wherever one stands"
+    assert checkpoint.run_dir == tmp_path / "runs" / "tiny-20260101-000000", "wherever one stands"
 
 
 def test_what_cannot_be_written_is_an_error(model: PeftModel, tmp_path: Path) -> None:
@@ -258,3 +253,14 @@ def test_a_full_disk_is_one_error(model: PeftModel, tmp_path: Path, monkeypatch:
     with pytest.raises(RunError, match="No space left on device"):
         save_adapter(model, tmp_path / "adapter", Accelerator(cpu=True))
     assert not (tmp_path / "adapter").exists()
+
+
+def test_checkpoints_may_be_a_link_to_a_larger_disk(model: PeftModel, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    save(model, tmp_path / "run", 3)
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "large")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "large")
+    for arguments in (["auto", "--run_dir", str(tmp_path / "run")], [str(tmp_path / "run")]):
+        checkpoint = find_checkpoint("tiny", parse_recipe(["--resume", *arguments])[1])
+        assert checkpoint is not None
+        assert checkpoint.run_dir == tmp_path / "run"

@@ -1,13 +1,15 @@
 """A checkpoint knows its base model again, wherever that lies."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
 
+from data.errors import UserError
 from loop.recipe import ROOT, parse_recipe
-from loop.resume import SAMPLE, SAMPLES, fingerprint
+from loop.resume import SAMPLE, SAMPLES, check_resumable, fingerprint
 
 TINY = ROOT / "data" / "tiny_base"
 
@@ -26,6 +28,8 @@ def flip(file: Path, place: int) -> None:
 def test_a_copy_is_the_same_model(tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "copy")
     (tmp_path / "copy" / "notes.md").write_text("no part of it")
+    (tmp_path / "copy" / "consolidated.safetensors").write_text("the same weights, for other programs")
+    (tmp_path / "copy" / "tokenizer_old").mkdir()
     assert model_sha256(tmp_path / "copy") == model_sha256(TINY)
 
 
@@ -38,17 +42,31 @@ def test_one_bit_makes_another_model(name: str, place: int, tmp_path: Path) -> N
     assert model_sha256(tmp_path / "copy") != model_sha256(TINY)
 
 
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json", "modeling_own.py"])
+def test_what_transformers_also_reads(name: str, tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "copy")
+    (tmp_path / "copy" / name).write_text("{}")
+    assert model_sha256(tmp_path / "copy") != model_sha256(TINY)
+
+
+def test_not_every_rank_has_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loop.resume.gather_object", lambda mine: [*mine, 8])
+    with pytest.raises(UserError, match=r"their steps are \[None, 8\]"):
+        check_resumable(None, parse_recipe([])[1], 10, Accelerator(cpu=True))
+
+
 def test_of_large_files_samples_are_read(tmp_path: Path) -> None:
     """Other weights differ everywhere: the first bytes of each 64th part are enough."""
     shutil.copytree(TINY, tmp_path / "copy")
     size = 3 * SAMPLES * SAMPLE
-    for byte in (b"\0", b"\1"):
-        (tmp_path / "copy" / f"more-{byte.hex()}.safetensors").write_bytes(byte * size)
+    shards = {"a": "parts/1.safetensors", "b": "parts/2.safetensors", "c": "parts/1.safetensors"}
+    (tmp_path / "copy" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (tmp_path / "copy" / "parts").mkdir()
+    for name in set(shards.values()):
+        (tmp_path / "copy" / name).write_bytes(bytes(size))
     before = model_sha256(tmp_path / "copy")
-    for part in (0, SAMPLES - 1):
-        flip(tmp_path / "copy" / "more-00.safetensors", part * (size // SAMPLES))
+    for part, name in ((0, shards["a"]), (SAMPLES - 1, shards["b"])):
+        flip(tmp_path / "copy" / name, part * (size // SAMPLES))
         after = model_sha256(tmp_path / "copy")
         assert after != before
         before = after
-    shutil.move(tmp_path / "copy" / "more-01.safetensors", tmp_path / "copy" / "other.safetensors")
-    assert model_sha256(tmp_path / "copy") != before

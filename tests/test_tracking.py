@@ -7,8 +7,11 @@ import os
 import pty
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -66,6 +69,29 @@ def test_a_tracker_gets_everything_before_it_is_finished() -> None:
         tracker.jobs.put(partial(got.append, str(number)))
     tracker.close()
     assert got == ["start", "0", "1", "2", "finish"]
+
+
+@pytest.mark.parametrize("hangs_for", [0, 10, 1000])
+def test_patience_counts_from_where_it_began_to_hang(hangs_for: float) -> None:
+    """So a network that fell silent in the middle of a run costs nothing at its end."""
+    hang = threading.Event()
+    waits: list[float] = []
+
+    def job() -> None:
+        hang.wait()
+
+    tracker = TrackerThread(lambda: None, lambda: None, print)
+    tracker.jobs.put(job)
+    tracker.started.wait()
+    while tracker.jobs.qsize():
+        time.sleep(0.01)
+    tracker.job_begun -= hangs_for
+    with patch.object(tracker.thread, "join", waits.append):
+        tracker.close()
+    hang.set()
+    expected = max(TrackerThread.HASTE, TrackerThread.PATIENCE - hangs_for)
+    assert waits == [pytest.approx(expected, abs=5)]
+    assert waits[0] >= TrackerThread.HASTE
 
 
 @pytest.mark.parametrize("where", ["start", "log", "finish"])

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,15 +99,25 @@ class Running:
         command += [str(script), *DEBUG, *ENDLESS, *arguments, "--run_dir", str(folder)]
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=out, stderr=out)
-        while last_step(folder) < 5:
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.1)
+        self.wait_until(lambda: last_step(folder) >= 5)
         self.ranks = children(self.process.pid) if launcher else [self.process.pid]
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while not happened():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()  # which its ranks notice
+                raise AssertionError(self.log.read_text())
+            time.sleep(0.1)
 
     def wait(self) -> str:
         """The output, once every process is gone."""
         deadline = time.monotonic() + BOUND
-        self.process.wait(timeout=BOUND)
+        try:
+            self.process.wait(timeout=BOUND)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
         while any(Path(f"/proc/{pid}").exists() for pid in self.ranks):
             assert time.monotonic() < deadline, "a process stayed behind"
             time.sleep(0.1)

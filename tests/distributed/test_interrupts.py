@@ -57,9 +57,7 @@ def test_a_second_ctrl_c_stops_at_once(launcher: bool, tmp_path: Path) -> None:
     """While the first one waits for the end of a step that never comes."""
     (tmp_path / "endless.py").write_text(ENDLESS_STEP)
     run = Running(tmp_path / "run", launcher, "--save_every", "3", script=tmp_path / "endless.py")
-    while not (tmp_path / "asleep").exists():
-        assert run.process.poll() is None, run.log.read_text()
-        time.sleep(0.1)
+    run.wait_until((tmp_path / "asleep").exists)
     run.process.send_signal(signal.SIGINT)
     if not launcher:
         run.process.send_signal(signal.SIGINT)  # a launcher's echo of the first
@@ -103,13 +101,17 @@ with patch("loop.train.build_model", freeze):
 @pytest.mark.parametrize(("name", "said"), [("SIGSTOP", "has given no sign of life"), ("SIGKILL", "died")])
 def test_a_rank_that_dies_or_freezes_before_the_first_step(name: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "freezes.py").write_text(FREEZES.format(signal=name))
-    more = ("--rank_timeout", "5")
+    more = ["--rank_timeout", "5"]
+    goes_on = name == "SIGKILL"
+    if goes_on:
+        assert launch(CONFIGS / "zero3.yaml", *DEBUG, folder=tmp_path / "run").code == 0
+        more += ["--resume", "auto"]
     run = launch(CONFIGS / "zero3.yaml", *DEBUG, *more, folder=tmp_path / "run", script=tmp_path / "freezes.py")
     assert run.code != 0
     (line,) = [line for line in run.output.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: step 1: rank 1 (process ")
+    assert line.startswith(f"error: step {3 if goes_on else 1}: rank 1 (process ")
     assert said in line
-    assert not run.folder.exists()
+    assert run.folder.exists() == goes_on
 
 
 def test_no_rank_outlives_the_launcher(tmp_path: Path) -> None:
