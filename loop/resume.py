@@ -31,7 +31,7 @@ FREE = {
 }  # fmt: skip
 MODEL_FILES = (
     "config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "*.py",
+    "chat_template*",
 )  # fmt: skip
 SAMPLES, SAMPLE = 64, 64 * 1024  # of a file: places that are read, and bytes in each
 
@@ -101,7 +101,8 @@ def _model_sha256(recipe: Recipe) -> str:
     config = cached_file(find_model(recipe.model.name_or_path), "config.json", local_files_only=True)
     assert config is not None
     folder = Path(config).parent
-    files = {file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
+    patterns = (*MODEL_FILES, "*.py") if recipe.model.trust_remote_code else MODEL_FILES
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     weights = json.loads(index.read_text())["weight_map"].values() if index.is_file() else [SAFE_WEIGHTS_NAME]
     digest = hashlib.sha256()

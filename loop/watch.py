@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -32,6 +33,7 @@ class Watch:
         self.step = 0  # the caller's, for the message
         self.parent = os.getppid()
         self.over = threading.Event()
+        self.ending = threading.Lock()
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.pids: list[int] = gather_object([os.getpid()])  # collective
         one_machine = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
@@ -45,6 +47,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self.active:
+            self.before = signal.signal(signal.SIGTERM, self._terminated)
             self.thread.start()
         return self
 
@@ -53,6 +56,8 @@ class Watch:
         if not self.active:
             return
         self.thread.join()
+        if signal.getsignal(signal.SIGTERM) == self._terminated:
+            signal.signal(signal.SIGTERM, self.before)
         if error is None or isinstance(error, UserError | RunError | Stopped):  # all leave alike
             self._say("done")
             if self.rank == 0:
@@ -73,8 +78,18 @@ class Watch:
         if self.rank == 0:
             self._clear()
 
+    def _terminated(self, number: int, frame: FrameType | None) -> None:
+        """While StopSignals is not open. A launcher may see sooner than this rank that another is gone."""
+        if gone := self._gone():
+            self._end(gone)
+        else:
+            self._clear()  # the others end as well, and need not say so
+            os._exit(128 + number)
+
     def _end(self, problem: str) -> None:
         """Not by an exception: with a rank missing, leaving in good order would wait for it again."""
+        if not self.ending.acquire(blocking=False):
+            return  # the other thread is at it
         try:
             if self.folder.exists():  # otherwise another rank has seen it first, and said so
                 print(f"error: {problem}", file=sys.stderr, flush=True)

@@ -14,8 +14,8 @@ from loop.resume import SAMPLE, SAMPLES, check_resumable, fingerprint
 TINY = ROOT / "data" / "tiny_base"
 
 
-def model_sha256(folder: Path) -> str:
-    recipe = parse_recipe(["--model.name_or_path", str(folder)])[1]
+def model_sha256(folder: Path, *arguments: str) -> str:
+    recipe = parse_recipe(["--model.name_or_path", str(folder), *arguments])[1]
     return str(fingerprint(recipe, Accelerator(cpu=True))["model_sha256"])
 
 
@@ -46,7 +46,9 @@ def test_one_bit_makes_another_model(name: str, place: int, tmp_path: Path) -> N
 def test_what_transformers_also_reads(name: str, tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "copy")
     (tmp_path / "copy" / name).write_text("{}")
-    assert model_sha256(tmp_path / "copy") != model_sha256(TINY)
+    runs_code = ("--model.trust_remote_code", "true")
+    assert model_sha256(tmp_path / "copy", *runs_code) != model_sha256(TINY, *runs_code)
+    assert (model_sha256(tmp_path / "copy") == model_sha256(TINY)) == name.endswith(".py")
 
 
 def test_not_every_rank_has_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

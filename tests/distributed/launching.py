@@ -93,13 +93,20 @@ def last_step(folder: Path) -> int:
 class Running:
     """A training that goes on until it is stopped."""
 
-    def __init__(self, folder: Path, launcher: bool, *arguments: str, script: Path = TRAIN) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        launcher: bool,
+        *arguments: str,
+        script: Path = TRAIN,
+        until: Callable[[], bool] | None = None,
+    ) -> None:
         self.folder, self.log = folder, folder.with_suffix(".txt")
         command = launcher_command(CONFIGS / "zero3.yaml") if launcher else [sys.executable]
         command += [str(script), *DEBUG, *ENDLESS, *arguments, "--run_dir", str(folder)]
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=out, stderr=out)
-        self.wait_until(lambda: last_step(folder) >= 5)
+        self.wait_until(until or (lambda: last_step(folder) >= 5))
         self.ranks = children(self.process.pid) if launcher else [self.process.pid]
 
     def wait_until(self, happened: Callable[[], bool]) -> None:

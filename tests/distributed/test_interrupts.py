@@ -114,6 +114,29 @@ def test_a_rank_that_dies_or_freezes_before_the_first_step(name: str, said: str,
     assert run.folder.exists() == goes_on
 
 
+LOADS = """
+import pathlib, sys, time
+from unittest.mock import patch
+import loop.train
+from data.errors import end_process
+def load(*args):
+    pathlib.Path(sys.argv[0]).with_name("loads").touch()
+    time.sleep(1000)
+with patch("loop.train.build_model", load):
+    end_process(loop.train.main)
+"""
+
+
+def test_a_signal_while_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(LOADS)
+    run = Running(tmp_path / "run", True, script=tmp_path / "slow.py", until=(tmp_path / "loads").exists)
+    run.process.terminate()
+    output = run.wait()
+    assert run.process.returncode == 1
+    assert "error: " not in output, "it is none"
+    assert not run.folder.exists()
+
+
 def test_no_rank_outlives_the_launcher(tmp_path: Path) -> None:
     run = Running(tmp_path / "run", True)
     os.kill(run.process.pid, signal.SIGKILL)
