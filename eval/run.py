@@ -22,7 +22,7 @@ from data.rows import Row, fail_on_bad_rows, read_rows
 from eval.check import Verdict, check_answer, number_asked
 from eval.generate import PeakMemory, generate, load_model, load_tokenizer, timed
 from loop.build import build_tokenizer, check_model
-from loop.checkpoint import ADAPTER
+from loop.checkpoint import ADAPTER, first_difference
 from loop.recipe import ROOT, find_model, find_path, parse_recipe
 from loop.run_folder import write_json
 
@@ -172,8 +172,7 @@ def _check_adapter(file: Path, model: PeftModel) -> None:
     except Exception as error:  # safetensors has an exception of its own
         raise UserError(f"{file}: cannot be read: {error}. Copy it anew, or train once more.") from error
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
-    if found != expected:
-        other = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    if other := first_difference(found, expected):
         raise UserError(f"{file}: is not of the model and the recipe of this run, first in {other}. Train once more.")
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,6 +320,11 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
+def first_difference(ours: Mapping[str, object], theirs: Mapping[str, object]) -> str | None:
+    """The first name, sorted, that only one has or that means something else in each; None if there is none."""
+    return min((name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)), default=None)
+
+
 def restore_adapter(checkpoint: Checkpoint | None, model: PeftModel, accelerator: Accelerator) -> None:
     """Copies the checkpoint's adapter into `model`; every rank enters.
 
@@ -338,8 +343,7 @@ def restore_adapter(checkpoint: Checkpoint | None, model: PeftModel, accelerator
     ):
         shapes = {name: tuple(shape_of(parameter)) for name, parameter in here.items()}
         saved = {name: tuple(tensor.shape) for name, tensor in there.items()}
-        if shapes != saved:
-            other = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))[0]
+        if other := first_difference(shapes, saved):
             raise UserError(
                 f"checkpoint {checkpoint.folder}: {file} belongs to another model: {other} is "
                 f"{saved.get(other, 'absent')} there and {shapes.get(other, 'absent')} here. "

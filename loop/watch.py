@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -61,14 +62,10 @@ class Watch:
         if error is None or isinstance(error, UserError | RunError | Stopped):  # all leave alike
             self._say("done")
             if self.rank == 0:
-                deadline = time.monotonic() + self.timeout
-                while not all(map(self._is_done, range(len(self.pids)))) and time.monotonic() < deadline:
-                    time.sleep(BEAT / 10)
+                self._wait_until(lambda: all(map(self._is_done, range(len(self.pids)))))
                 self._clear()
             elif isinstance(error, Stopped):  # who leaves before rank 0 makes a launcher end it
-                deadline = time.monotonic() + self.timeout
-                while self.folder.exists() and time.monotonic() < deadline:
-                    time.sleep(BEAT / 10)
+                self._wait_until(lambda: not self.folder.exists())
             return
         deadline = time.monotonic() + 4 * BEAT
         while time.monotonic() < deadline:  # a peer's death breaks a collective before it shows elsewhere
@@ -96,6 +93,11 @@ class Watch:
         finally:  # whoever reads what is printed may be gone as well
             self._clear()
             os._exit(1)
+
+    def _wait_until(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + self.timeout
+        while not happened() and time.monotonic() < deadline:
+            time.sleep(BEAT / 10)
 
     def _clear(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

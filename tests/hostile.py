@@ -170,9 +170,9 @@ def first(held: dict[str, Any]) -> str:
     return min(held)
 
 
-def flip_last_bit(file: Path) -> None:
+def flip_bit(file: Path, place: int = -1) -> None:
     content = bytearray(file.read_bytes())
-    content[-1] ^= 1
+    content[place] ^= 1
     file.write_bytes(content)
 
 
@@ -374,7 +374,7 @@ CASES: dict[str, Case] = {
     "checkpoint: not there": arguments("there is no such folder", "--resume", "nowhere"),
     "checkpoint: another folder": arguments("manifest.json", "--resume", "data"),
     "checkpoint: truncated": checkpoint(lambda folder: os.truncate(folder / "optimizer.safetensors", 100), "bytes"),
-    "checkpoint: one bit": checkpoint(lambda folder: flip_last_bit(folder / "adapter_model.safetensors"), "SHA-256"),
+    "checkpoint: one bit": checkpoint(lambda folder: flip_bit(folder / "adapter_model.safetensors"), "SHA-256"),
     "checkpoint: edited": checkpoint(
         lambda folder: (folder / STATE).write_text(re.sub('"step": .', '"step": 0', (folder / STATE).read_text())),
         "SHA-256",

@@ -19,7 +19,7 @@ from data.errors import RunError, UserError
 from loop.checkpoint import check_adapter, clear_up, list_checkpoints, load_checkpoint, save_adapter, save_checkpoint
 from loop.recipe import parse_recipe
 from loop.resume import find_checkpoint
-from tests.hostile import EVIL, flip_last_bit
+from tests.hostile import EVIL, flip_bit
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny_base")
 
@@ -136,7 +136,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "empty manifest": ("does not name adapter_model", lambda f: (f / "manifest.json").write_text("{}")),
     "truncated": ("bytes instead of", lambda f: os.truncate(f / "optimizer.safetensors", 100)),
     "emptied": ("has 0 bytes", lambda f: os.truncate(f / "adapter_model.safetensors", 0)),
-    "one bit": ("SHA-256 differs", lambda f: flip_last_bit(f / "adapter_model.safetensors")),
+    "one bit": ("SHA-256 differs", lambda f: flip_bit(f / "adapter_model.safetensors")),
     "edited state": ("SHA-256 differs", lambda f: replace(f / "trainer_state.json", '"step": 7', '"step": 3')),
     "file missing": ("optimizer.safetensors is missing", lambda f: (f / "optimizer.safetensors").unlink()),
     "a pickle beside": ("not written by this program: evil.pkl", lambda f: (f / "evil.pkl").write_bytes(EVIL)),

@@ -8,21 +8,14 @@ import pytest
 from accelerate import Accelerator
 
 from data.errors import UserError
-from loop.recipe import ROOT, parse_recipe
+from loop.recipe import parse_recipe
 from loop.resume import SAMPLE, SAMPLES, check_resumable, fingerprint
-
-TINY = ROOT / "data" / "tiny_base"
+from tests.hostile import TINY, flip_bit
 
 
 def model_sha256(folder: Path, *arguments: str) -> str:
     recipe = parse_recipe(["--model.name_or_path", str(folder), *arguments])[1]
     return str(fingerprint(recipe, Accelerator(cpu=True))["model_sha256"])
-
-
-def flip(file: Path, place: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[place] ^= 1
-    file.write_bytes(content)
 
 
 def test_a_copy_is_the_same_model(tmp_path: Path) -> None:
@@ -38,7 +31,7 @@ def test_a_copy_is_the_same_model(tmp_path: Path) -> None:
 def test_one_bit_makes_another_model(name: str, place: int, tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "copy")
     file = tmp_path / "copy" / name
-    flip(file, place if abs(place) < file.stat().st_size else file.stat().st_size // 2)
+    flip_bit(file, place if abs(place) < file.stat().st_size else file.stat().st_size // 2)
     assert model_sha256(tmp_path / "copy") != model_sha256(TINY)
 
 
@@ -68,7 +61,7 @@ def test_of_large_files_samples_are_read(tmp_path: Path) -> None:
         (tmp_path / "copy" / name).write_bytes(bytes(size))
     before = model_sha256(tmp_path / "copy")
     for part, name in ((0, shards["a"]), (SAMPLES - 1, shards["b"])):
-        flip(tmp_path / "copy" / name, part * (size // SAMPLES))
+        flip_bit(tmp_path / "copy" / name, part * (size // SAMPLES))
         after = model_sha256(tmp_path / "copy")
         assert after != before
         before = after

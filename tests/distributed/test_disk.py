@@ -82,14 +82,8 @@ def on_a_disk_of(size: str, tmp_path: Path, first: str, *arguments: str) -> Run:
     """
     disk, folder = tmp_path / "disk", tmp_path / "left behind"
     disk.mkdir()
-    command = [
-        *launcher_command(CONFIGS / "zero3.yaml"),
-        str(TRAIN),
-        *DEBUG,
-        *arguments,
-        "--run_dir",
-        str(disk / "run"),
-    ]
+    command = [*launcher_command(CONFIGS / "zero3.yaml"), str(TRAIN), *DEBUG, *arguments]
+    command += ["--run_dir", str(disk / "run")]
     script = f"""
 mount -t tmpfs -o size={size} none {shlex.quote(str(disk))}
 {first.format(disk=shlex.quote(str(disk)))}

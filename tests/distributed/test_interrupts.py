@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 
 from loop.checkpoint import list_checkpoints, load_checkpoint
-from tests.distributed.launching import (
-    CONFIGS,
-    DEBUG,
-    Running,
-    last_step,
-    launch,
-)
+from tests.distributed.launching import CONFIGS, DEBUG, Running, last_step, launch
 from tests.faults import kill_matrix
 
 
