@@ -16,6 +16,7 @@ from data.chat import Example, encode_rows
 from data.errors import UserError
 from data.rows import read_rows
 from loop.engine import mixed_precision
+from loop.phases import measured
 from loop.recipe import Recipe, find_model, find_path
 
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -128,6 +129,7 @@ def _lora_config(recipe: Recipe) -> LoraConfig:
     )
 
 
+@measured("load")
 def build_model(recipe: Recipe, accelerator: Accelerator) -> PeftModel:
     """The base model, frozen, with fresh LoRA adapters. Every rank enters: at stage 3 rank 0 reads and shares."""
     base = _open_model(recipe, dtype=WEIGHT_DTYPES[mixed_precision(accelerator)])

@@ -27,6 +27,7 @@ from torch import Tensor
 from data.errors import RunError, UserError
 from loop.engine import on_main_process
 from loop.optimizer_state import MOMENTS, gather_optimizer, shape_of, trainable_parameters
+from loop.phases import measured
 
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter_model.safetensors"
@@ -67,12 +68,14 @@ def unwrap(model: torch.nn.Module, accelerator: Accelerator) -> PeftModel:
     return inner
 
 
+@measured("save")
 def save_adapter(model: PeftModel, folder: Path, accelerator: Accelerator) -> None:
     """Writes the adapter to `folder` in PEFT's format; every rank enters. Raises RunError when it cannot be written."""
     tensors = gather_adapter(model, accelerator)
     on_main_process(lambda: _publish(folder, lambda beside: _write_adapter(model, tensors, beside)), accelerator)
 
 
+@measured("save")
 def save_checkpoint(
     model: PeftModel,
     optimizer: Any,

@@ -24,6 +24,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from data.errors import RunError, UserError
 from loop.deepspeed_config import deepspeed_config, keep_grad_norm, size_buckets_for_lora
 from loop.optimizer_state import set_update_count
+from loop.phases import count_collectives, measured
 from loop.recipe import ROOT, Recipe
 
 LOCK_AGE = 10.0  # seconds after which a lock on an extension's folder is not that of this run's other ranks
@@ -38,6 +39,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     processes that were launched did not find each other.
     """
     _set_up_environment()
+    count_collectives()
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:
         if "LOCAL_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun, mpirun: N single jobs
             raise UserError("started by another launcher. Use accelerate launch --config_file accel_configs/….yaml.")
@@ -144,6 +146,7 @@ def largest_of_ranks(value: int, accelerator: Accelerator) -> int:
     return int(largest.item())
 
 
+@measured("load")
 def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[Any, Any]:
     """accelerator.prepare, with DeepSpeed's "auto" sizes filled for LoRA; every rank enters."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:

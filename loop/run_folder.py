@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -90,6 +92,15 @@ def _writing(run_dir: Path) -> Iterator[None]:
             f"run_dir {run_dir} cannot be written: {error.strerror}. Make it writable, free space there, "
             "or name another one."
         ) from error
+
+
+def write_report(run_dir: Path, accelerator: Accelerator) -> None:
+    """report.html, on rank 0: in a process of its own, because the loop does not need what draws charts."""
+    if accelerator.is_main_process:
+        command = [sys.executable, "-m", "eval.report", str(run_dir)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        said = done.stderr.strip().splitlines() or [""]
+        print(f"report: {run_dir / 'report.html'}" if done.returncode == 0 else f"warning: no report: {said[-1]}")
 
 
 def _cut_metrics(file: Path, step: int) -> None:

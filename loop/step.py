@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from data.batch import IGNORE_INDEX, MicroBatch, Window
+from loop.phases import measured
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
 
 
+@measured("data")  # until the first forward pass
 def train_step(
     window: Window,
     model: torch.nn.Module,
@@ -73,6 +75,7 @@ def summed_nll(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
     return cross_entropy(logits, micro_batch.labels[is_label], reduction="sum")
 
 
+@measured("validate")
 @torch.no_grad()
 def validate(window_share: Iterable[Window], model: torch.nn.Module, accelerator: Accelerator) -> float:
     """Mean cross entropy (nats) over all label tokens of all ranks' windows; every rank enters."""

@@ -26,12 +26,14 @@ from loop.checkpoint import Checkpoint, restore_adapter, save_adapter, save_chec
 from loop.engine import build_accelerator, prepare
 from loop.finite import FiniteCheck
 from loop.overview import overview
+from loop.phases import ACCOUNT, watch_phases
 from loop.recipe import Recipe, parse_recipe
 from loop.resume import check_resumable, find_checkpoint, fingerprint, resume_optimizer
-from loop.run_folder import check_run_folder, create_run_folder, write_engine_config
+from loop.run_folder import check_run_folder, create_run_folder, write_engine_config, write_report
 from loop.signals import StopSignals
 from loop.step import seed_dropout, train_step, validate
 from loop.tracking import Interval, Tracking
+from loop.usage import write_usage
 from loop.watch import Watch
 
 
@@ -69,7 +71,9 @@ def main(argv: Sequence[str]) -> None:
             )
             save_adapter(unwrap(model, accelerator), run_dir / "adapter", accelerator)
             tracking.say(f"adapter: {run_dir / 'adapter'}")
+            write_usage(run_dir, unwrap(model, accelerator), total_steps, accelerator)
     accelerator.state.destroy_process_group()
+    write_report(run_dir, accelerator)
 
 
 def fit(
@@ -104,10 +108,11 @@ def fit(
     interval = Interval.restore(checkpoint, accelerator)
     finite = FiniteCheck(unwrap(model, accelerator), accelerator)
     run = fingerprint(recipe, accelerator)
+    watch_phases(model, accelerator)
     model.train()
     for epoch in range(step // steps_per_epoch, recipe.epochs):
         order = epoch_order(len(data.train), recipe.seed, epoch)[step % steps_per_epoch * rows :]
-        for window in share(data.train, order, grad_accum_steps=recipe.grad_accum_steps):
+        for window in ACCOUNT.steps(share(data.train, order, grad_accum_steps=recipe.grad_accum_steps)):
             seed_dropout(recipe.seed, step, accelerator.process_index)
             result = train_step(window, model, optimizer, lr_scheduler, recipe.optim.max_grad_norm, accelerator)
             step = watch.step = step + 1
