@@ -95,13 +95,19 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModel
         raise UserError(
             f"{said}its vocabulary has {embeddings} tokens and its tokenizer {len(tokenizer)}. Copy it anew."
         )
+    return add_adapters(model, recipe)
+
+
+def add_adapters(model: Any, recipe: Recipe) -> PeftModel:
+    """The recipe's, to a model on the meta device. Raises UserError when it has no such layers to adapt."""
+    name = recipe.model.name_or_path
     layers = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     missing = [target for target in recipe.lora.target_modules if target not in layers]
     if missing:
         raise UserError(f"lora.target_modules: {name} has no layers named {', '.join(missing)}.")
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of transformers, for PEFT's authors
-            adapted = get_peft_model(model, _lora_config(recipe))
+            adapted = get_peft_model(model, _lora_config(recipe), autocast_adapter_dtype=False)
     except Exception as error:  # PEFT has several for what it cannot adapt
         raise UserError(f"lora.target_modules: {name} cannot get such adapters: {_reason(error)}") from error
     assert isinstance(adapted, PeftModel)

@@ -6,6 +6,7 @@ accumulation and clipping from the recipe. Where both name the same number they 
 
 import json
 import os
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,21 @@ from data.errors import UserError
 from loop.recipe import Recipe, find_path
 
 
-def deepspeed_config(recipe: Recipe, num_processes: int) -> dict[str, Any]:
-    """The configuration of this launch, but for sizes that depend on the model; those stay "auto".
+def deepspeed_config(
+    recipe: Recipe, num_processes: int, environment: MutableMapping[str, str] = os.environ
+) -> dict[str, Any]:
+    """The configuration of a launch, but for sizes that depend on the model; those stay "auto".
 
-    Raises UserError where the accelerate YAML, or the JSON that it names, contradicts the recipe.
+    `environment` is what the launcher has set. Raises UserError where the accelerate YAML, or the JSON that it
+    names, contradicts the recipe.
     """
-    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    config = _config_from_launcher() if file == "none" else _read_json(find_path(file))
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    config = _config_from_launcher(environment) if file == "none" else _read_json(find_path(file))
     where = "the accelerate YAML" if file == "none" else f"deepspeed_config_file {file}"
     _check_zero(config["zero_optimization"], where)
     _fill_from_recipe(config, recipe, num_processes, where)
     if file == "none":  # these fields are in `config` now; accelerate would take them for a second opinion
-        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+        environment.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     return config
 
 
@@ -46,11 +50,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def _config_from_launcher() -> dict[str, Any]:
+def _config_from_launcher(environment: Mapping[str, str]) -> dict[str, Any]:
     """The answers of `accelerate config`, as a DeepSpeed configuration."""
 
     def said(name: str, default: str) -> str:
-        return os.environ.get(f"ACCELERATE_{name}", default)
+        return environment.get(f"ACCELERATE_{name}", default)
 
     stage = said("DEEPSPEED_ZERO_STAGE", "2")
     if stage not in ("0", "1", "2", "3"):
@@ -61,7 +65,7 @@ def _config_from_launcher() -> dict[str, Any]:
         if device == "none":
             continue
         if zero["stage"] < lowest_stage:  # `accelerate config` lets people answer this
-            if os.environ.get("RANK", "0") == "0":
+            if environment.get("RANK", "0") == "0":
                 print(f"note: ZeRO-{zero['stage']} does not share out each {part.lower()}; offload to {device} ignored")
             continue
         if device == "nvme":

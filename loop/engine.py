@@ -38,7 +38,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     Raises UserError where the launcher's numbers contradict the recipe's, RuntimeError where the
     processes that were launched did not find each other.
     """
-    _set_up_environment()
+    set_up_environment()
     count_collectives()
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:
         if "LOCAL_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun, mpirun: N single jobs
@@ -74,7 +74,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def _set_up_environment() -> None:
+def set_up_environment() -> None:
     """Silences what tells a user nothing, lets DeepSpeed find ninja, keeps gloo on one machine where all ranks are."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -187,5 +187,5 @@ def build_extensions() -> None:
 
 
 if __name__ == "__main__":
-    _set_up_environment()
+    set_up_environment()
     build_extensions()

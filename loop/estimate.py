@@ -1,0 +1,232 @@
+"""What one configuration will need and take: bytes on each GPU and in the host's memory, traffic, time at least."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from data.batch import epoch_order, num_windows, windows
+from data.chat import Example
+from loop.activations import Activations, measure_step
+from loop.flops import Batch, MatrixProducts, count, matrix_products
+from loop.launch_file import Launch
+from loop.recipe import Recipe
+from loop.zero import PERSISTENT, Gathered, Held, Layout, Traffic, gathered, held, traffic
+
+CUDA_CONTEXT = 0.6e9  # bytes a process takes on its GPU for CUDA and NCCL; an assumption
+HOST_PROCESS = 2.4e9  # bytes of host memory a process with CUDA takes; the reference's smallest process
+COMFORT = 0.9  # share of a memory that a plan may fill: allocators leave gaps, and other data has longer rows
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """None where nothing was said."""
+
+    gpu_memory: float | None = None  # bytes of one
+    host_memory: float | None = None  # bytes of the machine
+    flops: float | None = None  # a second and GPU, dense bf16
+    interconnect: float | None = None  # bytes a second and GPU, one way
+    host_bus: float | None = None  # likewise
+
+
+@dataclass(frozen=True)
+class Work:
+    """The rows of one epoch, and of the micro-batch that needs most."""
+
+    rows: int
+    longest: int  # tokens of the longest row
+    longest_labels: int
+    examples: list[Example] | None  # None without a tokenizer: each row is taken for as long as max_length
+
+
+class Subject:
+    """A recipe's model, on the meta device, and what its steps need: found once for all configurations."""
+
+    def __init__(self, recipe: Recipe, model: Any, work: Work) -> None:
+        self.recipe, self.model, self.work = recipe, model, work
+        self.base = [p.numel() for p in model.parameters() if not p.requires_grad]
+        self.adapters = [p.numel() for p in model.parameters() if p.requires_grad]
+        self._gathered: dict[tuple[object, ...], Gathered] = {}
+
+    @cached_property
+    def products(self) -> MatrixProducts:
+        return matrix_products(self.model)
+
+    @cached_property
+    def recomputing(self) -> Activations:
+        return self._measure(True)
+
+    @cached_property
+    def keeping(self) -> Activations:
+        return self._measure(False)
+
+    @property
+    def as_recipe(self) -> Activations:
+        return self.keeping if self.recipe.gradient_checkpointing == "none" else self.recomputing
+
+    def _measure(self, checkpointing: bool) -> Activations:
+        rows, work = min(self.recipe.micro_batch_size, self.work.rows), self.work
+        return measure_step(self.model, rows, work.longest, rows * work.longest_labels, checkpointing)
+
+    def gathered(self, layout: Layout, activations: Activations) -> Gathered:
+        sizes = [layout.size(key) for key in SIZES]
+        key = (layout.weight_bytes, id(activations), *sizes)
+        if key not in self._gathered:
+            self._gathered[key] = gathered(layout, self.model, activations.events)
+        return self._gathered[key]
+
+    def epoch(self, processes: int) -> tuple[int, Batch, Batch]:
+        """Steps; tokens as they are; tokens as computed, with padding."""
+        recipe, work = self.recipe, self.work
+        steps = num_windows(work.rows, recipe.micro_batch_size * recipe.grad_accum_steps * processes)
+        if work.examples is None:
+            t = work.longest
+            batch = Batch(work.rows, work.rows * t, work.rows * work.longest_labels, work.rows * t * t)
+            return steps, batch, batch
+        real, padded = Batch(), Batch()
+        order = epoch_order(work.rows, recipe.seed, 0)
+        for rank in range(processes):
+            share = windows(
+                work.examples, order, recipe.micro_batch_size, recipe.grad_accum_steps, processes, rank, pad_token_id=0
+            )
+            for micro_batch in (one for window in share for one in window.micro_batches):
+                b, t = micro_batch.input_ids.shape
+                mine = count(micro_batch)
+                real += mine
+                padded += Batch(b, b * t, mine.label_tokens, b * t * t)
+        return steps, real, padded
+
+
+SIZES = (
+    PERSISTENT,
+    "stage3_prefetch_bucket_size",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes; `device` and what goes with it of one rank, `host` of all ranks on one machine."""
+
+    launch: Launch
+    device: Held
+    on_host: Held  # of one rank
+    activations: int  # at their highest, as the recipe says, with what ZeRO-3 has gathered by then
+    activations_recomputing: int  # with gradient checkpointing
+    activations_keeping: int  # without
+    logits: int  # part of the activations
+    gathered: int  # weights gathered by ZeRO-3, at most; part of `activations`
+    device_peak: int
+    host_load: int
+    host_steady: int
+    traffic: Traffic  # of one rank and step
+    flops: float  # of all ranks, a step, recomputation and padding included
+    steps: int
+    epochs: int
+    tokens: int  # of one epoch, without padding
+    seconds: dict[str, float] | None  # a step, at least: compute, interconnect, host_bus; None without speeds
+
+    @property
+    def step_seconds(self) -> float | None:
+        """At least, as if everything overlapped."""
+        return max(self.seconds.values()) if self.seconds else None
+
+    def fit(self, hardware: Hardware) -> str:
+        """ "yes", "tight" (less than a tenth left), "no", or "" where nothing is said of the memories."""
+        shares = [
+            need / has
+            for need, has in (
+                (self.device_peak, hardware.gpu_memory),
+                (max(self.host_load, self.host_steady), hardware.host_memory),
+            )
+            if has
+        ]
+        return ("yes" if max(shares) <= COMFORT else "tight" if max(shares) <= 1 else "no") if shares else ""
+
+
+def estimate(subject: Subject, launch: Launch, hardware: Hardware) -> Estimate:
+    layout, n = launch.layout, launch.processes
+    device, on_host = held(layout, subject.base, subject.adapters)
+    peaks, live, gathers = {}, 0, 0
+    for activations in (subject.recomputing, subject.keeping):
+        if layout.stage == 3 and (n > 1 or layout.offloads("param")):
+            found = subject.gathered(layout, activations)
+            peaks[id(activations)] = found.peak
+            if activations is subject.as_recipe:
+                live, gathers = found.live, found.gathers
+        else:
+            peaks[id(activations)] = activations.peak
+    peak = peaks[id(subject.as_recipe)]
+    in_backward = layout.weight_bytes * sum(subject.adapters) + peak
+    host_load, host_steady = _host(layout, subject.base, on_host)
+    steps, real, padded = subject.epoch(n)
+    sent = traffic(layout, subject.adapters, subject.recipe.grad_accum_steps, gathers)
+    recomputes = subject.recipe.gradient_checkpointing != "none"
+    flops = subject.products.computed_flops(padded, recomputes) / steps
+    return Estimate(
+        launch=launch,
+        device=device,
+        on_host=on_host,
+        activations=peak,
+        activations_recomputing=peaks[id(subject.recomputing)],
+        activations_keeping=peaks[id(subject.keeping)],
+        logits=subject.as_recipe.logits,
+        gathered=live,
+        device_peak=int(CUDA_CONTEXT + device.total - device.gradients + max(device.gradients, in_backward)),
+        host_load=host_load,
+        host_steady=host_steady,
+        traffic=sent,
+        flops=flops,
+        steps=steps * subject.recipe.epochs,
+        epochs=subject.recipe.epochs,
+        tokens=real.tokens,
+        seconds=_seconds(flops / n, sent, hardware),
+    )
+
+
+def _host(layout: Layout, base: Sequence[int], on_host: Held) -> tuple[int, int]:
+    """At most while loading, and from then on, of all ranks.
+
+    Up to stage 2 weights are mapped from their file, and pass through the page cache alone; at stage 3 rank 0 reads
+    all of them. PyTorch rounds each pinned tensor up to a power of two (ATen/core/CachingHostAllocator.h).
+    """
+    n, each = layout.processes, on_host.total
+    offload = layout.zero.get("offload_param") or {}
+    if offload.get("device") == "cpu" and offload.get("pin_memory"):
+        shares = [layout.weight_bytes * math.ceil(size / n) for size in base]
+        each += sum(2 ** math.ceil(math.log2(share)) - share for share in shares)
+    elif offload.get("device") == "nvme":
+        each -= on_host.base
+    steady = int(n * (HOST_PROCESS + each))
+    return steady + (layout.weight_bytes * sum(base) if layout.stage == 3 else 0), steady
+
+
+def _seconds(flops: float, sent: Traffic, hardware: Hardware) -> dict[str, float] | None:
+    if not hardware.flops or not hardware.interconnect or not hardware.host_bus:
+        return None
+    return {
+        "compute": flops / hardware.flops,
+        "interconnect": sent.interconnect / hardware.interconnect,
+        "host_bus": sent.host_bus / hardware.host_bus,
+    }
+
+
+def recommend(estimates: Sequence[Estimate], hardware: Hardware) -> Estimate | None:
+    """The fastest of those that fit in comfort, else of those that are tight; None if none fits, or none can be said.
+
+    Without speeds: what crosses the host bus least, then the interconnect least, then what needs least memory.
+    """
+    for verdict in ("yes", "tight"):
+        fitting = [one for one in estimates if one.fit(hardware) == verdict]
+        if fitting:
+            return min(fitting, key=_cost)
+    return None
+
+
+def _cost(one: Estimate) -> tuple[float, ...]:
+    run = one.steps * (one.step_seconds or 0.0)
+    # Of two that differ by less than a hundredth the one that needs less memory is better.
+    rounded = round(math.log(run) * 100) if run else 0
+    return rounded, one.traffic.host_bus > 0, round(one.device_peak / 1e8), one.traffic.interconnect

@@ -1,0 +1,173 @@
+"""What a run will need before it starts, without weights, without a GPU and without starting anything.
+
+python -m loop.plan --config RECIPE [--accel YAML …] [--gpus 2 --gpu-memory 32GB --host-memory 180GB] [--card NAME]
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from data.batch import num_windows
+from data.errors import UserError, exit_codes
+from data.rows import read_rows
+from loop.build import WEIGHT_DTYPES, add_adapters
+from loop.cards import CARDS
+from loop.dry_run import Findings, contradictions, len_of, open_tokenizer, read_data, shown_rows
+from loop.engine import set_up_environment
+from loop.estimate import Hardware, Subject, Work, estimate
+from loop.launch_file import Launch, read_launch
+from loop.plan_page import as_json, page
+from loop.recipe import DEFAULT_RECIPE, ROOT, Recipe, find_model, find_path, parse_recipe
+
+UNITS = {"": 1, "mb": 2**20, "mib": 2**20, "gb": 2**30, "gib": 2**30, "tb": 2**40, "tib": 2**40}
+
+
+def memory(text: str) -> float:
+    """Bytes of a memory as it is sold: 32GB are 32 x 2^30."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if not found or found[2] not in UNITS or not (value := float(found[1]) * UNITS[found[2]]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size. Give one as 32GB")
+    return value
+
+
+def rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} has to be above 0")
+    return value
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The plan's own options, and those of the recipe."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loop.plan", description=__doc__, epilog="Every other option is the recipe's: --optim.lr 3e-5."
+    )
+    parser.add_argument("--config", default=str(DEFAULT_RECIPE), help="recipe (default loop/recipes/tiny.yaml)")
+    parser.add_argument("--accel", nargs="+", help="accelerate YAMLs (default: all of accel_configs/, but NVMe)")
+    parser.add_argument("--gpus", nargs="+", type=int, help="numbers of GPUs (default 1 2 4 8, or each YAML's own)")
+    parser.add_argument("--card", choices=sorted(CARDS), help="a known GPU: its memory and speeds")
+    parser.add_argument("--gpu-memory", type=memory, help="of one GPU, as 32GB (of 2^30 bytes)")
+    parser.add_argument("--host-memory", type=memory, help="of the machine, as 180GB")
+    parser.add_argument("--gpu-flops", type=rate, help="dense bf16 FLOP/s of one GPU, as 165e12")
+    parser.add_argument("--interconnect", type=rate, help="bytes a second between GPUs, one way, as 32e9")
+    parser.add_argument("--host-bus", type=rate, help="bytes a second between a GPU and the host, as 32e9")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args, rest = parser.parse_known_args(argv)
+    if args.gpus and min(args.gpus) < 1:
+        raise UserError(f"--gpus {min(args.gpus)}: has to be at least 1.")
+    return args, rest
+
+
+def hardware(args: argparse.Namespace) -> Hardware:
+    card = CARDS.get(args.card)
+    here = float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+    return Hardware(
+        gpu_memory=args.gpu_memory or (card.memory if card else here),
+        host_memory=args.host_memory,
+        flops=args.gpu_flops or (card.flops if card else None),
+        interconnect=args.interconnect or (card.interconnect if card else None),
+        host_bus=args.host_bus or (card.host_bus if card else None),
+    )
+
+
+def model_without_weights(recipe: Recipe, precision: str) -> Any:
+    """A PeftModel on the meta device, from a folder, from what was downloaded before, or from a shape of ours.
+
+    Raises UserError where none of the three is there.
+    """
+    name = find_model(recipe.model.name_or_path)
+    ours = ROOT / "loop" / "shapes" / Path(name).name
+    try:
+        config = AutoConfig.from_pretrained(
+            name, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
+        )
+    except Exception as error:  # transformers has many for what is not there, or damaged
+        if Path(name).is_dir() or not ours.is_dir():
+            raise UserError(
+                f"model.name_or_path {name}: no config.json on this machine that can be read: {str(error)[:200]}\n"
+                f"Give a checkpoint's folder, or download it: hf download {name} --include '*.json'"
+            ) from error
+        config = AutoConfig.from_pretrained(ours)
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=WEIGHT_DTYPES[precision],
+                attn_implementation="sdpa",
+                trust_remote_code=recipe.model.trust_remote_code,
+            )
+            return add_adapters(model, recipe)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model.name_or_path {name}: its config.json makes no model: {error}") from error
+
+
+def launches(args: argparse.Namespace, recipe: Recipe, model: Any, found: Findings) -> list[Launch]:
+    """Every configuration for every number of GPUs; one that contradicts the recipe becomes a problem."""
+    files = args.accel or sorted(str(path) for path in (ROOT / "accel_configs").glob("*.yaml"))
+    if not args.accel:
+        files += sorted(str(path) for path in (ROOT / "accel_configs" / "reference").glob("*.yaml"))
+    result: list[Launch] = []
+    for file in files:
+        for gpus in args.gpus or ([None] if args.accel else [1, 2, 4, 8]):
+            launch = found.attempt(partial(read_launch, file, recipe, model, gpus))
+            if launch is None:
+                break
+            if launch not in result:
+                result.append(launch)
+    return result
+
+
+def measure_work(recipe: Recipe, found: Findings) -> tuple[Work | None, str, Any]:
+    """The rows; the first of them as text; the tokenized data, where there is a tokenizer. None after a problem."""
+    tokenizer = open_tokenizer(recipe, found)
+    data = read_data(recipe, tokenizer, found)
+    if data is not None and tokenizer is not None:
+        longest = max(map(len_of, data.train))
+        labels = max(len(example.answer_ids) for example in data.train)
+        return Work(len(data.train), longest, labels, data.train), shown_rows(data.train, tokenizer), data
+    rows = found.attempt(lambda: read_rows(find_path(recipe.data.train_file))) if tokenizer is None else None
+    if not rows:
+        return None, "", None
+    return Work(len(rows), recipe.data.max_length, recipe.data.max_length - 1, None), "", None
+
+
+@exit_codes()
+def main(argv: Sequence[str]) -> None:
+    args, rest = parse(argv)
+    given = hardware(args)
+    _, recipe = parse_recipe(["--config", args.config, *rest])
+    set_up_environment()
+    transformers.utils.logging.set_verbosity_error()
+    found = Findings()
+    work, rows_shown, data = measure_work(recipe, found)
+    model = model_without_weights(recipe, "bf16")
+    subject = Subject(recipe, model, work or Work(1, recipe.data.max_length, recipe.data.max_length - 1, None))
+    planned = launches(args, recipe, model, found)
+    estimates = [estimate(subject, launch, given) for launch in planned] if work else []
+    if work:
+        rows = recipe.micro_batch_size * recipe.grad_accum_steps * (planned[0].processes if planned else 1)
+        contradictions(recipe, data, model, recipe.epochs * num_windows(work.rows, rows), work.rows, found)
+    found.problems[:] = dict.fromkeys(found.problems)
+    if args.json:
+        print(json.dumps(as_json(recipe, subject, estimates, given, found), indent=2, ensure_ascii=False))
+    else:
+        print(page(recipe, subject, estimates, given, found, rows_shown))
+    if found.problems:
+        raise UserError(f"{len(found.problems)} contradictions would keep this training from starting (above).")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
