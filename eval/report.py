@@ -1,0 +1,145 @@
+"""Draws the page of a comparison of configurations, or of one or several runs: `python -m eval.report FOLDER …`.
+
+Writes report.html, which needs nothing else, report.md, summary.json and charts/ with an SVG and a CSV for each chart.
+"""
+
+import argparse
+import errno
+import html
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from data.errors import RunError, UserError, exit_codes
+from eval.charts import Chart, to_csv, to_svg
+from eval.figures import Run, read_run
+from eval.findings import NOT_MEASURED, PUBLISHED, PUBLISHED_ANSWERS, conclusions, sentences
+from eval.pages import ROWS, Block, Page, comparison_page, run_page, state
+from eval.run_files import read_object, reading
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def to_markdown(page: Page) -> str:
+    parts = [f"# {_literal(page.title)}", _literal(page.about)]
+    for title, blocks in page.sections.items():
+        parts += [f"## {title}", *map(_block_to_markdown, blocks)] if blocks else []
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _block_to_markdown(block: Block) -> str:
+    if isinstance(block, str):
+        return f"- {_literal(block)}"
+    if isinstance(block, Chart):
+        title = _literal(block.title)
+        image = f"![{title}](charts/{block.name}.svg)\n\n[the points as CSV](charts/{block.name}.csv)"
+        return image if block.drawn else f"- {title}: {NOT_MEASURED}: {block.missing}."
+    head, *rows = ([_literal(text) for text in row] for row in (block.head, *block.rows))
+    lines = [head, ["---"] * len(head), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if block.folded:  # Markdown is not read within a line of HTML
+        return f"<details><summary>{html.escape(block.caption)}</summary>\n\n{table}\n\n</details>"
+    return f"**{_literal(block.caption)}**\n\n{table}"
+
+
+def _literal(text: str) -> str:
+    """Means nothing to Markdown, and is one line."""
+    return re.sub(r"([\\`*_{}\[\]<>|~#$&!])", r"\\\1", " ".join(text.split()))
+
+
+def summary(runs: Sequence[Run], **more: Any) -> dict[str, Any]:
+    keys = [row[1] for row in ROWS]
+    return {
+        "null": NOT_MEASURED,
+        **more,
+        "findings": sentences(runs),
+        "runs": {
+            run.name: {"state": state(run), "scores": run.scores} | {key: run.figures.get(key) for key in keys}
+            for run in runs
+        },
+    }
+
+
+def write(out: Path, page: Page, numbers: Mapping[str, Any]) -> None:
+    """All files are whole before the first takes its place. Raises RunError when they cannot be written."""
+    charts = [block for blocks in page.sections.values() for block in blocks if isinstance(block, Chart)]
+    svgs = {chart.name: to_svg(chart) for chart in charts if chart.drawn}
+    files = {f"charts/{name}.svg": svg for name, svg in svgs.items()}
+    files |= {f"charts/{chart.name}.csv": to_csv(chart) for chart in charts if chart.drawn}
+    files["report.md"] = to_markdown(page)
+    files["summary.json"] = json.dumps(numbers, indent=2, ensure_ascii=False) + "\n"
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    template = templates.get_template("report.html.jinja")
+    files["report.html"] = template.render(page=page, svgs=svgs, not_measured=NOT_MEASURED)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as beside:
+            (Path(beside) / "charts").mkdir()
+            for name, text in files.items():
+                (Path(beside) / name).write_bytes(text.encode("utf-8", errors="replace"))
+            (out / "charts").mkdir(exist_ok=True)
+            for name in files:
+                os.replace(Path(beside) / name, out / name)
+        for chart in charts:
+            if not chart.drawn:  # but it was, of what lay here before
+                (out / "charts" / f"{chart.name}.svg").unlink(missing_ok=True)
+                (out / "charts" / f"{chart.name}.csv").unlink(missing_ok=True)
+    except OSError as error:
+        text = f"{out}: the report cannot be written: {error.strerror}. Free space there, or make it writable."
+        raise (RunError if error.errno in FULL else UserError)(text) from error
+
+
+def write_comparison_report(folder: Path) -> None:
+    """Of what is done of a comparison so far. Raises UserError for damaged files, RunError for a full disk."""
+    comparison = read_object(folder / "comparison.json")
+    with reading(folder / "comparison.json"):
+        runs = [read_run(name, folder / name, comparison) for name in comparison["accel_configs"]]
+        page = comparison_page(comparison, runs)
+    published = {name: asdict(figures) for name, figures in PUBLISHED.items()} | {"answers": PUBLISHED_ANSWERS}
+    write(folder, page, summary(runs, comparison=comparison, published=published, conclusions=conclusions(runs)))
+
+
+def write_run_report(folders: Sequence[Path], out: Path) -> None:
+    """Of runs on their own. Raises as write_comparison_report."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    runs = [read_run(name, folder) for name, folder in zip(names, folders, strict=True)]
+    write(out, run_page(runs), summary(runs))
+
+
+@exit_codes()
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="one comparison, or one or more runs")
+    parser.add_argument("--out", type=Path, help="folder to write into (default: that of one run, report/ for several)")
+    args = parser.parse_args(argv)
+    folders = list({folder.resolve(): folder for folder in args.folders}.values())
+    comparisons = [folder for folder in folders if (folder / "comparison.json").is_file()]
+    for folder in folders:
+        if not any((folder / file).is_file() for file in ("comparison.json", "recipe.yaml", "metrics.jsonl")):
+            raise UserError(f"{folder}: is no folder of a run or of a comparison. Give runs/NAME.")
+    if comparisons and (len(folders) > 1 or args.out):
+        raise UserError(
+            f"{comparisons[0]}: is a comparison, which has a page of its own. Give it alone, without --out."
+        )
+    out = args.out or (folders[0] if len(folders) == 1 else Path("report"))
+    if comparisons:
+        write_comparison_report(folders[0])
+    else:
+        write_run_report(folders, out)
+    print(f"report: {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
