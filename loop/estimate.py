@@ -118,6 +118,7 @@ class Estimate:
     activations_keeping: int  # without
     logits: int  # part of the activations
     gathered: int  # weights gathered by ZeRO-3, at most; part of `activations`
+    gathered_bytes: int  # in the forward and backward passes of a step, all together
     device_peak: int
     host_load: int
     host_steady: int
@@ -174,6 +175,7 @@ def estimate(subject: Subject, launch: Launch, hardware: Hardware) -> Estimate:
         activations_keeping=peaks[id(subject.keeping)],
         logits=subject.as_recipe.logits,
         gathered=live,
+        gathered_bytes=layout.weight_bytes * gathers * subject.recipe.grad_accum_steps,
         device_peak=int(CUDA_CONTEXT + device.total - device.gradients + max(device.gradients, in_backward)),
         host_load=host_load,
         host_steady=host_steady,

@@ -120,11 +120,10 @@ def page(
     if rows_shown:
         parts += ["\n== rows as the model reads them", rows_shown]
     if estimates:
-        parts += [
-            "\n== memory, traffic and time",
-            "GB of 10^9 bytes; of one rank and one step, host memory of all ranks",
-        ]
-        parts += [table(estimates, given, chosen), "", advice(subject, estimates, given, chosen)]
+        unit, name = (1e9, "GB of 10^9") if estimates[0].device.base > 1e9 else (1e6, "MB of 10^6")
+        parts += ["\n== memory, traffic and time"]
+        parts += [f"{name} bytes; of one rank and one step, but host memory of all ranks"]
+        parts += [table(estimates, unit, given, chosen), "", advice(subject, estimates, given, chosen)]
     parts += ["\n== contradictions", *(f"- {problem}" for problem in found.problems or ["none"])]
     parts += ["\n== notes", *(f"- {note}" for note in found.notes)] if found.notes else []
     return "\n".join(parts)

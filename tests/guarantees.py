@@ -1,4 +1,4 @@
-"""docs/guarantees.md: each command that checks a promise writes its own section there, and leaves the others alone."""
+"""docs/: each command that checks a promise writes its own section there, and leaves the others alone."""
 
 import platform
 import re
@@ -9,22 +9,21 @@ import torch
 
 from tests.distributed.launching import ROOT
 
-PAGE = ROOT / "docs" / "guarantees.md"
 
-
-def write_section(title: str, command: str, text: str) -> None:
-    """Replaces the section `title` by `text`, with the date, the machine and the versions that it was found with."""
+def write_section(title: str, command: str, text: str, page_name: str = "guarantees.md") -> None:
+    """Replaces the section `title` of a page of docs/ by `text`, and says date, machine and versions with it."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate", "peft"))
     device = (
         f"{torch.cuda.get_device_name()}, NCCL" if torch.cuda.is_available() else f"{platform.machine()} CPUs, gloo"
     )
     said = f"Written by `{command}` on {time.strftime('%Y-%m-%d')}, {device}; {versions}."
     section = f"## {title}\n\n{said}\n\n{text.strip()}\n"
-    page = PAGE.read_text(encoding="utf-8")
+    file = ROOT / "docs" / page_name
+    page = file.read_text(encoding="utf-8")
     old = re.search(rf"^## {re.escape(title)}$.*?(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
     if old is None:
         page = f"{page.rstrip()}\n\n{section}"
     else:
         page = f"{page[: old.start()]}{section}\n{page[old.end() :]}".rstrip() + "\n"
-    PAGE.write_text(page, encoding="utf-8")
-    print(f"{PAGE}: {title}")
+    file.write_text(page, encoding="utf-8")
+    print(f"{file}: {title}")
