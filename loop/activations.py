@@ -25,6 +25,7 @@ class Event:
     """A module is about to be used, or has been."""
 
     kind: Literal["fetch", "release"]
+    backward: bool  # of the module's backward pass; a forward pass after that is a recomputation
     module: str
     peak: int  # activation bytes at their highest since the event before
 
@@ -59,15 +60,21 @@ def measure_step(model: Any, rows: int, tokens: int, label_tokens: int, checkpoi
     labels = torch.zeros(label_tokens, dtype=torch.long, device="meta")
     attended = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device="meta")  # as if there is padding
     with warnings.catch_warnings(action="ignore"), _recorded(model, live, events), _fused_attention(), live:
-        hidden = decoder(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
-        before = live.now
-        logits = head(hidden.flatten(0, 1)[:label_tokens]).float()
-        loss = cross_entropy(logits, labels, reduction="sum")
+        loss, before = _forward(decoder, head, ids, attended, labels, live)
         saved = live.now
-        del logits
         loss.backward()
     vocabulary = head.weight.shape[0] * label_tokens
     return Activations(saved, live.peak, logits=max(saved - before, 2 * 4 * vocabulary), events=events)
+
+
+def _forward(
+    decoder: Any, head: Any, ids: Tensor, attended: Tensor, labels: Tensor, live: "_Live"
+) -> tuple[Tensor, int]:
+    """The loss as in loop/step.py, and what lived before the vocabulary was computed."""
+    hidden = decoder(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
+    before = live.now
+    logits = head(hidden.flatten(0, 1)[: len(labels)]).float()
+    return cross_entropy(logits, labels, reduction="sum"), before
 
 
 def _let_go(parameter: Tensor) -> None:
@@ -114,17 +121,17 @@ def _recorded(model: torch.nn.Module, live: _Live, events: list[Event]) -> Itera
     handles = []
     for name, module in model.named_modules():
 
-        def note(kind: Literal["fetch", "release"], name: str = name) -> Any:
+        def note(kind: Literal["fetch", "release"], backward: bool, name: str = name) -> Any:
             def hook(*_: object) -> None:
-                events.append(Event(kind, name, live.peak_since()))
+                events.append(Event(kind, backward, name, live.peak_since()))
 
             return hook
 
         handles += [
-            module.register_forward_pre_hook(note("fetch")),
-            module.register_forward_hook(note("release")),
-            module.register_full_backward_pre_hook(note("fetch")),
-            module.register_full_backward_hook(note("release")),
+            module.register_forward_pre_hook(note("fetch", False)),
+            module.register_forward_hook(note("release", False)),
+            module.register_full_backward_pre_hook(note("fetch", True)),
+            module.register_full_backward_hook(note("release", True)),
         ]
     try:
         yield

@@ -26,8 +26,9 @@ class Launch:
 
     @property
     def layout(self) -> Layout:
-        zero = self.deepspeed["zero_optimization"] if self.deepspeed else {}
-        return Layout(zero.get("stage"), self.processes, WEIGHT_BYTES[self.precision], zero)
+        config = self.deepspeed or {"zero_optimization": {}, "gradient_accumulation_steps": 1}
+        zero, accumulates = config["zero_optimization"], config["gradient_accumulation_steps"] > 1
+        return Layout(zero.get("stage"), self.processes, WEIGHT_BYTES[self.precision], zero, accumulates)
 
 
 def read_launch(file: str, recipe: Recipe, model: torch.nn.Module, processes: int | None = None) -> Launch:

@@ -107,7 +107,7 @@ def model_without_weights(recipe: Recipe, precision: str) -> Any:
                 attn_implementation="sdpa",
                 trust_remote_code=recipe.model.trust_remote_code,
             )
-            return add_adapters(model, recipe)
+            return add_adapters(model, recipe).to(WEIGHT_DTYPES[precision])  # PEFT leaves them fp32 on this device
     except UserError:
         raise
     except Exception as error:

@@ -33,6 +33,7 @@ class Layout:
     processes: int
     weight_bytes: int  # 2 in bf16 and fp16, 4 in fp32
     zero: Mapping[str, Any]  # DeepSpeed's zero_optimization, without "auto"; empty without DeepSpeed
+    accumulates: bool = False  # several micro-batches before an update
 
     def size(self, key: str) -> int:
         """A size of the configuration, in elements."""
@@ -87,9 +88,9 @@ def _held_1_and_2(layout: Layout, base: Sequence[int], adapters: Sequence[int]) 
     state = {"gradients": FP32 * share, "optimizer": 3 * FP32 * share}
     if not layout.offloads("optimizer"):
         return Held(**weights, **state, buffers=buffers), Held()
-    # On its way to the host a gradient is accumulated in the weights' precision, and the update comes back in it.
+    # On the host gradients are accumulated in the weights' precision, and the update comes back in it.
     largest = w * max(adapters)
-    state["gradients"] += w * share
+    state["gradients"] += w * share if layout.accumulates else 0
     return Held(**weights, buffers=buffers + largest), Held(**state, buffers=w * share + largest)
 
 
@@ -124,9 +125,9 @@ def gathered(layout: Layout, model: Any, events: Sequence[Event]) -> Gathered:
     for event in events:
         peak = max(peak, event.peak + simulation.bytes())
         if event.kind == "fetch":
-            simulation.fetch(event.module)
+            simulation.fetch(event.module, event.backward)
         else:
-            simulation.release(event.module)
+            simulation.release(event.module, event.backward)
         live = max(live, simulation.bytes())
     return Gathered(peak, live, simulation.gathered, simulation.count)
 
@@ -150,13 +151,24 @@ class _Coordinator:
         self.fetched_for: dict[torch.nn.Parameter, int] = {}
         self.users: dict[torch.nn.Parameter, set[str]] = {p: set() for p in self.sizes}
         self.available: set[torch.nn.Parameter] = set()
+        self.in_backward: dict[str, list[torch.nn.Parameter]] = {}  # modules, and what was recomputed for each
+        self.backward_begun = False
         self.elements = self.gathered = self.count = self.step = 0
 
     def bytes(self) -> int:
         return self.layout.weight_bytes * self.elements
 
-    def fetch(self, module: str) -> None:
+    def fetch(self, module: str, backward: bool) -> None:
         wanted = self.parameters[module]
+        if backward:
+            self.backward_begun = True
+            self.in_backward.setdefault(module, [])
+        elif self.backward_begun and self.in_backward:  # a recomputation, for the module that came last
+            owner = next(reversed(self.in_backward))
+            for parameter in wanted:
+                if not parameter.requires_grad:
+                    self.in_backward[owner].append(parameter)
+                    self.users[parameter].add(owner)
         for parameter in wanted:
             self.users[parameter].add(module)
             self._gather(parameter)
@@ -184,7 +196,7 @@ class _Coordinator:
             self.gathered += self.sizes[parameter]
             self.count += 1
 
-    def release(self, module: str) -> None:
+    def release(self, module: str, backward: bool) -> None:
         let_go = {p for p in self.parameters[module] if self.fetched_for.get(p, -1) <= self.step}
         passed = 0
         for later in self.order[self.step :]:
@@ -192,7 +204,9 @@ class _Coordinator:
                 break
             let_go.difference_update(self.parameters[later])
             passed += self.all_sizes[later]
-        for parameter in self.parameters[module]:
+        recomputed = self.in_backward.pop(module, []) if backward else []
+        let_go.update(recomputed)  # whether they are used again soon or not
+        for parameter in dict.fromkeys([*self.parameters[module], *recomputed]):
             self.users[parameter].discard(module)
             if parameter in let_go and parameter in self.available and not self.users[parameter]:
                 self.available.discard(parameter)

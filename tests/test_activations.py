@@ -1,0 +1,79 @@
+"""A step on the meta device against the same step on real tensors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from loop.activations import measure_step
+from tests.equality import TINY
+from tests.reference_loop import TARGETS
+
+ROWS, TOKENS, LABELS = 3, 40, 12
+
+
+def adapted(device: str, dtype: torch.dtype) -> Any:
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY), dtype=dtype)
+        config = LoraConfig(r=8, lora_dropout=0.01, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+        return get_peft_model(base, config, autocast_adapter_dtype=False).to(dtype).train()
+
+
+@contextmanager
+def saved_bytes(model: torch.nn.Module) -> Iterator[list[int]]:
+    """Of all that autograd keeps, each storage once, without parameters and buffers."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
+    result: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield result
+    result.append(sum(storage.nbytes() for storage in kept.values()))
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_saved_is_what_autograd_saves(checkpointing: bool, dtype: torch.dtype) -> None:
+    model = adapted("cpu", dtype)
+    base = model.get_base_model()
+    if checkpointing:
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    with saved_bytes(model) as saved:
+        mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
+        mask[0, -5:] = 0  # or PyTorch would take the way without a mask
+        ids = torch.ones(ROWS, TOKENS, dtype=torch.long)
+        hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        logits = base.lm_head(hidden.flatten(0, 1)[: ROWS * LABELS]).float()
+        loss = cross_entropy(logits, torch.zeros(ROWS * LABELS, dtype=torch.long), reduction="sum")
+    planned = measure_step(adapted("meta", dtype), ROWS, TOKENS, ROWS * LABELS, checkpointing)
+    assert planned.saved == pytest.approx(saved[0], rel=0.05)
+    assert planned.peak > planned.saved
+    assert loss.isfinite()
+
+
+def test_recomputing_keeps_one_input_a_layer() -> None:
+    """What the depth adds is the layers' inputs: rows x tokens x hidden size in bf16 each."""
+    deep, shallow = (adapted("meta", torch.bfloat16) for _ in range(2))
+    layers = shallow.get_base_model().model.layers
+    del layers[2:]
+    kept = [measure_step(model, ROWS, TOKENS, LABELS, True).saved for model in (deep, shallow)]
+    assert kept[0] - kept[1] == 2 * ROWS * TOKENS * 128 * 2
+
+
+def test_events_are_the_modules_in_order() -> None:
+    """Each module begins and ends in the forward pass, and in the backward pass in the opposite order."""
+    planned = measure_step(adapted("meta", torch.bfloat16), ROWS, TOKENS, LABELS, False)
+    layers = [event.module for event in planned.events if event.kind == "fetch" and event.module.endswith("mlp")]
+    names = [f"base_model.model.model.layers.{i}.mlp" for i in range(4)]
+    assert layers == names + names[::-1]
