@@ -120,12 +120,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="run folder of a training: asks its base and its fine-tuned model")
     which.add_argument("--config", type=Path, help="a recipe: asks its base model only and writes nothing")
+    parser.add_argument("--adapter-only", action="store_true", help="with --run: ask the fine-tuned model alone")
     parser.add_argument("--data", default=str(ROOT / "data/math/math_eval_200.json"), help="rows to ask")
     parser.add_argument("--limit", type=int, help="ask only the first so many rows")
     parser.add_argument("--batch-size", type=int, default=50, help="prompts generated at once (default 50)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens after which an answer is cut off")
     parser.add_argument("--no-merge", action="store_true", help="keep the adapter beside the weights")
     args = parser.parse_args(argv)
+    if args.adapter_only and not args.run:
+        raise UserError("--adapter-only goes with --run, the folder of a training: a recipe alone has no adapter.")
     for name in ("limit", "batch_size", "max_new_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}, but has to be at least 1.")
@@ -144,10 +147,11 @@ def questions(args: argparse.Namespace) -> list[Question]:
     fail_on_bad_rows(
         path, [f"row {row.number}: {problem}" for row in rows if (problem := _not_a_question(row))], len(rows)
     )
-    adapters = {"base": None, "tuned": args.run / "adapter"} if args.run else {"base": None}
+    adapters: dict[str, Path | None] = {} if args.adapter_only else {"base": None}
     model = find_model(recipe.model.name_or_path)
     adapted = check_model(recipe, build_tokenizer(recipe))  # fails here rather than in a worker
     if args.run:
+        adapters["tuned"] = args.run / "adapter"
         _check_adapter(args.run / "adapter" / ADAPTER, adapted)
     return [
         Question(

@@ -1,0 +1,183 @@
+"""One recipe under several accelerate YAMLs, one after the other, each as a user would launch it, then evaluated.
+
+python -m eval.stages [--config RECIPE] [--accel YAML …] [-- --epochs 1 …]
+
+What fails is recorded with its reason, and the rest goes on. The same command goes on where it was interrupted.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from data.errors import RunError, Stopped, UserError, exit_codes
+from eval.accel_files import Configuration
+from eval.comparison import Comparison, check_machine, check_recipe, only_one, plan, write_comparison
+from eval.launch import clean_environment
+from eval.monitor import INTERVAL, check_interval
+from eval.one_run import is_done, result_of, run_one
+from eval.progress import Progress, duration
+from eval.report import write_comparison_report
+
+TIMEOUT = 4 * 3600.0  # seconds
+SWANLAB_TIMEOUT = 300.0  # seconds
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+def parse(argv: list[str]) -> tuple[Comparison, bool]:
+    """What to compare, and whether what has failed is to be run again. Raises UserError."""
+    own, overrides = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.stages",
+        description=__doc__,
+        epilog="Options after -- override the recipe's values, as they do for loop/train.py.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="recipe (default loop/recipes/tiny.yaml)")
+    parser.add_argument(
+        "--accel",
+        nargs="+",
+        default=[],
+        metavar="YAML",
+        help="accelerate YAMLs (default: one process, the reference's four, zero2, zero3)",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the comparison (default runs/stages-<recipe>)")
+    parser.add_argument("--interval", type=float, default=INTERVAL, help="seconds between two samples (default 0.5)")
+    parser.add_argument(
+        "--timeout", type=float, default=TIMEOUT, help="seconds a training or an evaluation may take (default 4 hours)"
+    )
+    parser.add_argument("--retry", action="store_true", help="run again what has failed")
+    args = parser.parse_args(own)
+    check_interval(args.interval)
+    if not 0 < args.timeout < math.inf:
+        raise UserError(f"--timeout is {args.timeout:g}, but has to be above 0 seconds.")
+    return plan(args.config, overrides, args.accel, args.out, args.interval, args.timeout), args.retry
+
+
+def track(comparison: Comparison) -> None:
+    """Hands what has ended to SwanLab, a run each, where that has not been done."""
+    if comparison.recipe.tracker != "swanlab":
+        return
+    for configuration in comparison.configurations:
+        folder = comparison.out / configuration.name
+        if not (folder / "result.json").exists() or (folder / "swanlog").exists():
+            continue
+        command = [sys.executable, "-m", "eval.swanlab_group", str(folder), *comparison.recipe_argv]
+        try:
+            subprocess.run(
+                command,
+                env=clean_environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=SWANLAB_TIMEOUT,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            said = (getattr(error, "stderr", None) or "").strip().splitlines()
+            print(f"warning: SwanLab did not take {configuration.name}: {said[-1] if said else error}", flush=True)
+
+
+def conclude(comparison: Comparison) -> None:
+    """After each run, so that a comparison that is killed has a report too."""
+    track(comparison)
+    try:
+        write_comparison_report(comparison.out)
+    except Exception as error:  # what draws charts may not cost the runs that are left
+        print(f"warning: no report: {error}", flush=True)
+
+
+def summarize(comparison: Comparison) -> None:
+    """What has come out, at the end. Raises RunError when no run came to its end."""
+    results = [result_of(comparison.out / configuration.name) for configuration in comparison.configurations]
+    finished = sum(result["status"] == "finished" for result in results if result)
+    if not finished:
+        raise RunError(f"none of {len(results)} runs finished; the reasons are above and in {comparison.out}.")
+    failed = f", {len(results) - finished} failed (--retry runs them again)" if finished < len(results) else ""
+    print(f"{finished} of {len(results)} runs finished{failed}")
+    with contextlib.suppress(OSError, ValueError, LookupError):  # it was said that there is no report
+        for finding in json.loads((comparison.out / "summary.json").read_text(encoding="utf-8"))["findings"]:
+            print(f"- {finding}")
+        print(f"tables: {comparison.out / 'report.md'}\nwith charts: {comparison.out / 'report.html'}")
+
+
+def run_all(comparison: Comparison, left: list[Configuration], total_steps: int) -> None:
+    folders = [comparison.out / configuration.name for configuration in comparison.configurations]
+    results = [result for folder in folders if (result := result_of(folder))]
+    seconds = [result["wall_seconds"] for result in results if result["status"] == "finished"]
+    progress = Progress(total_steps, seconds)
+    for number, configuration in enumerate(comparison.configurations, start=1):
+        if configuration not in left:
+            continue
+        run = f"run {number} of {len(comparison.configurations)}: {configuration.name}"
+        progress.begin(run, len(left) - left.index(configuration) - 1)
+        begun = time.monotonic()
+        result = run_one(comparison, configuration, progress)
+        if result["status"] == "finished":
+            seconds.append(time.monotonic() - begun)
+            progress.say(f"{run}: finished, {duration(result['wall_seconds'])} of training")
+        else:
+            log = comparison.out / configuration.name / "log.txt"
+            progress.say(f"{run}: {result['status']}: {result['reason']} (log: {log})")
+        conclude(comparison)
+
+
+@contextmanager
+def stoppable(comparison: Comparison) -> Iterator[None]:
+    """SIGINT and SIGTERM become Stopped, once: what cleans up after it is not disturbed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in STOPPING:
+            signal.signal(each, signal.SIG_IGN)
+        folders = [comparison.out / configuration.name for configuration in comparison.configurations]
+        ended = sum((folder / "result.json").exists() for folder in folders)
+        raise Stopped(
+            number, f"\nstopped: {ended} of {len(folders)} runs are done and stay; the same command does the rest"
+        )
+
+    before = {each: signal.signal(each, stop) for each in STOPPING}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@exit_codes()
+def main(argv: list[str]) -> None:
+    comparison, retry = parse(argv)
+    left = [each for each in comparison.configurations if not is_done(comparison.out / each.name, retry)]
+    with stoppable(comparison):
+        here = check_machine(comparison) if left else {}
+        total_steps = check_recipe(comparison) if left else 0
+        with only_one(comparison), one_error(comparison):
+            if left:
+                write_comparison(comparison, here)
+                run_all(comparison, left, total_steps)
+            else:
+                conclude(comparison)
+        summarize(comparison)
+
+
+@contextmanager
+def one_error(comparison: Comparison) -> Iterator[None]:
+    """A full disk, a folder that is gone: what has ended stays, and what is left would not do better."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or comparison.out}: {error.strerror}. Runs that are done stay. Free space there or make "
+            "it writable; then the same command does the rest."
+        ) from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
