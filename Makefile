@@ -1,12 +1,13 @@
 # make setup   the environment alone        make demo   data, before, training, after
-# make test    lint, types and all tests    make clean  forget the environment
+# make test    lint, types and all tests    make stages the tiny recipe under seven configurations
+# make clean   forget the environment
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 # As a variable it also pins what builds the packages that come as source.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: setup demo test clean
+.PHONY: setup demo stages test clean
 setup: .venv/ready
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
@@ -27,6 +28,9 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --config_file accel_configs/zero3.yaml loop/train.py
 	@echo "== after: both models on all 200"
 	$(BIN)/python -m eval.run --run "$$(ls -td runs/tiny-* | head -1)"
+
+stages: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m eval.stages -- --epochs 3
 
 test: setup
 	$(BIN)/ruff format --check .

@@ -11,37 +11,52 @@ from loop.dry_run import Findings, key_rates
 from loop.estimate import COMFORT, Estimate, Hardware, Subject, estimate, recommend
 from loop.recipe import Recipe, recipe_as_dict
 
+PARTS = {"compute": "computing", "interconnect": "the interconnect", "host_bus": "the host bus"}
 MOST_GPUS = 64  # looked at when nothing fits
 
 
-def table(estimates: Sequence[Estimate], unit: float, given: Hardware, chosen: Estimate | None) -> str:
+def memory_table(estimates: Sequence[Estimate], unit: float, given: Hardware, chosen: Estimate | None) -> str:
     """One line a configuration and number of GPUs."""
     head = ["configuration", "GPUs", "weights", "adapters", "gradients", "optimizer", "buffers", "activations"]
-    head += ["(checkpointed)", "(kept)", "logits", "gathered", "GPU peak", "host load", "host", "network", "host bus"]
-    head += ["TFLOP", "steps", "step ≥ s", "run ≥ s", "fits"]
+    head += ["(checkpointed)", "(kept)", "logits", "gathered", "GPU peak", "host load", "host", "fits"]
     lines = []
     for one in estimates:
         held = one.device
         sizes = [held.base, held.adapters, held.gradients, held.optimizer, held.buffers, one.activations]
         sizes += [one.activations_recomputing, one.activations_keeping, one.logits, one.gathered, one.device_peak]
         sizes += [one.host_load, one.host_steady]
-        moved = [one.traffic.interconnect, one.traffic.host_bus]
-        step = one.step_seconds
-        lines.append(
-            [
-                one.launch.name,
-                str(one.launch.processes),
-                *(f"{value / unit:,.2f}" for value in [*sizes, *moved]),
-                f"{one.flops / 1e12:.3g}",
-                str(one.steps),
-                f"{step:.3g}" if step is not None else "–",
-                f"{step * one.steps:.3g}" if step is not None else "–",
-                one.fit(given) + (" <- take this" if one is chosen else ""),
-            ]
-        )
-    widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in [head, *lines])  # fmt: skip
+        mark = " <- take this" if one is chosen else ""
+        lines.append([*_name(one), *(f"{value / unit:,.2f}" for value in sizes), one.fit(given) + mark])
+    return _aligned([head, *lines])
+
+
+def step_table(estimates: Sequence[Estimate], unit: float) -> str:
+    head = ["configuration", "GPUs", "interconnect", "host bus", "TFLOP", "steps", "step >= s", "run >= s", "bound by"]
+    lines = []
+    for one in estimates:
+        moved = [f"{value / unit:,.2f}" for value in (one.traffic.interconnect, one.traffic.host_bus)]
+        cells = [*_name(one), *moved, f"{one.flops / 1e12:.3g}", str(one.steps)]
+        if (step := one.step_seconds) is not None:
+            cells += [f"{step:.3g}", f"{step * one.steps:.3g}", bound_by(one)]
+        else:
+            cells += ["?", "?", "say --card"]
+        lines.append(cells)
+    return _aligned([head, *lines])
+
+
+def _name(one: Estimate) -> list[str]:
+    return [one.launch.name, str(one.launch.processes)]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def bound_by(one: Estimate) -> str:
+    seconds = one.seconds or {}
+    return PARTS[max(seconds, key=lambda part: seconds[part])]
 
 
 def advice(subject: Subject, estimates: Sequence[Estimate], given: Hardware, chosen: Estimate | None) -> str:
@@ -55,8 +70,8 @@ def advice(subject: Subject, estimates: Sequence[Estimate], given: Hardware, cho
     why = [f"Take {chosen.launch.name} on {n} GPU{'s' if n > 1 else ''}: {chosen.device_peak / 1e9:.1f}{has} GB a GPU"]
     why += [f"{max(chosen.host_load, chosen.host_steady) / 1e9:.1f} GB of host memory at most"]
     if chosen.step_seconds:
-        bound = max(chosen.seconds or {}, key=lambda part: (chosen.seconds or {})[part])
-        why += [f"at least {chosen.step_seconds * chosen.steps:.0f} s for {chosen.steps} steps, bound by {bound}"]
+        seconds = chosen.step_seconds * chosen.steps
+        why += [f"at least {seconds:.3g} s for {chosen.steps} steps, bound by {bound_by(chosen)}"]
     elif not chosen.traffic.host_bus:
         why += ["and no weights over the host bus"]
     text = ", ".join(why) + "."
@@ -71,9 +86,14 @@ def advice(subject: Subject, estimates: Sequence[Estimate], given: Hardware, cho
 
 
 def change(subject: Subject, estimates: Sequence[Estimate], given: Hardware) -> str:
-    """The one number whose change makes something fit, tried in this order: micro-batch, GPUs, memory."""
+    """The one value whose change makes something fit: checkpointing, micro-batch, GPUs or memory, in this order."""
     launches = {one.launch.file: one.launch for one in estimates}
     recipe = subject.recipe
+    if recipe.gradient_checkpointing == "none":
+        saving = Subject(replace(recipe, gradient_checkpointing="non_reentrant"), subject.model, subject.work)
+        best = recommend([estimate(saving, one.launch, given) for one in estimates], given)
+        if best:
+            return f"Set gradient_checkpointing to non_reentrant (it is none): then {best.launch.name} fits."
     rows = recipe.micro_batch_size
     while (rows := rows // 2) >= 1:
         smaller = Subject(replace(recipe, micro_batch_size=rows), subject.model, subject.work)
@@ -111,6 +131,8 @@ def page(
         f"{trainable:,} of {everything:,} parameters train ({100 * trainable / everything:.2f} %); {work.rows:,} rows, "
         f"the longest {work.longest} tokens, {work.longest_labels} of them learned at most",
     ]
+    if estimates:
+        parts += [f"{recipe.epochs} epochs of {estimates[0].tokens:,} tokens"]
     if shown:
         where = f"{shown.launch.name} on {shown.launch.processes}"
         parts += ["\n== learning rate", f"at the {shown.steps} steps of {where}:"]
@@ -120,10 +142,11 @@ def page(
     if rows_shown:
         parts += ["\n== rows as the model reads them", rows_shown]
     if estimates:
-        unit, name = (1e9, "GB of 10^9") if estimates[0].device.base > 1e9 else (1e6, "MB of 10^6")
-        parts += ["\n== memory, traffic and time"]
-        parts += [f"{name} bytes; of one rank and one step, but host memory of all ranks"]
-        parts += [table(estimates, unit, given, chosen), "", advice(subject, estimates, given, chosen)]
+        unit, name = (1e9, "GB of 10^9") if sum(subject.base) > 1e9 else (1e6, "MB of 10^6")
+        parts += [f"\n== memory, {name} bytes: of one GPU, and of the host for all ranks"]
+        parts += [memory_table(estimates, unit, given, chosen)]
+        parts += [f"\n== a step, {name} bytes a rank; TFLOP of all ranks; seconds at least"]
+        parts += [step_table(estimates, unit), "\n== advice", advice(subject, estimates, given, chosen)]
     parts += ["\n== contradictions", *(f"- {problem}" for problem in found.problems or ["none"])]
     parts += ["\n== notes", *(f"- {note}" for note in found.notes)] if found.notes else []
     return "\n".join(parts)

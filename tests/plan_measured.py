@@ -106,9 +106,9 @@ def recipe_of(model: Path, rows: Path, checkpointing: str) -> Recipe:
     return parse_recipe(arguments(model, rows, Cell("", 1, checkpointing)))[1]
 
 
-def plan(model: Path, rows: Path, cell: Cell) -> Estimate:
+def plan(model: Path, rows: Path, cell: Cell, configs: Path = CONFIGS) -> Estimate:
     planned = subject(model, rows, cell.checkpointing)
-    file = str(CONFIGS / f"{cell.config}.yaml")
+    file = str(configs / f"{cell.config}.yaml")
     return estimate(planned, read_launch(file, planned.recipe, planned.model, cell.processes), Hardware())
 
 
