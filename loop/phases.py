@@ -6,11 +6,11 @@ where they are written (`measured`); forward, backward and update by a wrapper a
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -50,7 +50,7 @@ class Account:
     def __init__(self) -> None:
         self.costs: dict[Phase, Cost] = {}
         self.phase: Phase = "start"
-        self.begun = time.perf_counter()
+        self.begun = perf_counter()
         self.step_seconds: list[float] = []  # of the host: data, forward, backward and update
         self.this_step = 0.0
         self.batch = Batch()  # this rank's rows of all steps
@@ -59,7 +59,7 @@ class Account:
 
     def enter(self, phase: Phase) -> Phase:
         """Ends the phase under way, which is returned, and begins another. Does not wait for a GPU."""
-        before, now = self.phase, time.perf_counter()
+        before, now = self.phase, perf_counter()
         cost = self.cost()
         mark = None
         if torch.cuda.is_initialized():
@@ -81,12 +81,17 @@ class Account:
         """Of the phase under way."""
         return self.costs.setdefault(self.phase, Cost())
 
-    def settle(self) -> None:
-        """Adds up what the GPU has measured, and waits for it."""
+    def settle(self, wait: bool = False) -> None:
+        """Adds up what the GPU has measured so far, or all of it."""
+        under_way = []
         for phase, start, end in self.marks:
-            end.synchronize()
-            self.costs[phase].seconds += start.elapsed_time(end) / 1000
-        self.marks.clear()
+            if wait:
+                end.synchronize()
+            if end.query():
+                self.costs[phase].seconds += start.elapsed_time(end) / 1000
+            else:
+                under_way.append((phase, start, end))
+        self.marks = under_way
 
     def steps(self, windows: Iterable[Window]) -> Iterator[Window]:
         """`windows`, of each of which one step is made. Making them counts as data."""

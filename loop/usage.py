@@ -33,7 +33,7 @@ def write_usage(run_dir: Path, model: torch.nn.Module, last_step: int, accelerat
 def usage(model: torch.nn.Module, last_step: int, accelerator: Accelerator) -> dict[str, Any]:
     """Counts and sizes are of all ranks together, but for those in `ranks`; seconds are rank 0's."""
     ACCOUNT.enter(ACCOUNT.phase)
-    ACCOUNT.settle()
+    ACCOUNT.settle(wait=True)
     process = psutil.Process()
     mine = {
         "rank": accelerator.process_index,

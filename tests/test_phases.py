@@ -2,40 +2,76 @@
 
 import os
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from data.batch import Window
 from loop import phases
 from loop.phases import Account, measured
 from tests.distributed.launching import ROOT, start
 
 
+class Clock:
+    """Stands still, but when a test lets it go on."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+
+
 @pytest.fixture
-def account(monkeypatch: pytest.MonkeyPatch) -> Account:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(phases, "perf_counter", clock)
+    return clock
+
+
+@pytest.fixture
+def account(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Account:
     fresh = Account()
     monkeypatch.setattr(phases, "ACCOUNT", fresh)
     return fresh
 
 
-def test_each_second_belongs_to_one_phase(account: Account) -> None:
+def test_each_second_belongs_to_one_phase(account: Account, clock: Clock) -> None:
     """An inner phase interrupts the one around it."""
-    begun = time.perf_counter()
+    clock.tick(1)
     account.enter("other")
     with measured("save"):
-        time.sleep(0.05)
+        clock.tick(2)
         with measured("validate"):
-            time.sleep(0.1)
-        time.sleep(0.05)
+            clock.tick(4)
+        clock.tick(8)
+    clock.tick(16)
     account.enter("other")
-    passed = time.perf_counter() - begun
     seconds = {phase: cost.seconds for phase, cost in account.costs.items()}
-    assert seconds["validate"] >= 0.1
-    assert 0.1 <= seconds["save"] < passed - 0.1 + 0.05
-    assert sum(seconds.values()) - seconds["start"] == pytest.approx(passed, abs=0.01)
+    assert seconds == {"start": 1, "validate": 4, "save": 10, "other": 16}
     assert account.phase == "other"
+
+
+def test_a_step_lasts_from_its_data_to_its_update(account: Account, clock: Clock) -> None:
+    """What comes between two steps, saving for example, is not part of one."""
+
+    def windows() -> Iterator[Window]:
+        for seconds in (1, 2):
+            clock.tick(seconds)
+            yield Window([], num_label_tokens=1, num_tokens=1)
+
+    for _ in account.steps(windows()):
+        for phase, seconds in (("forward", 10), ("backward", 20), ("update", 40)):
+            account.enter(phase)  # type: ignore[arg-type]
+            clock.tick(seconds)
+        account.enter("other")
+        with measured("save"):
+            clock.tick(1000)
+    assert account.step_seconds == [71, 72]
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell peaks")
@@ -95,3 +131,45 @@ sys.exit(sum(process.wait() for process in run))
     lines = [line for line in done.output.splitlines() if line.startswith("found")]
     expected = '{"all_gather": [2, 48], "all_reduce": [2, 80], "broadcast": [1, 20], "reduce_scatter": [1, 16]}'
     assert lines == [f"found {expected}"] * 2, done.output
+
+
+def test_a_gpus_phases_are_timed_on_the_gpu_without_waiting_for_it(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a stand-in for CUDA's events, which the GPU reaches when it is told to: no GPU is at hand."""
+    reached: set[object] = set()
+    waited: list[object] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock.now
+
+        def query(self) -> bool:
+            return self in reached
+
+        def synchronize(self) -> None:
+            waited.append(self)
+            reached.add(self)
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    account = Account()
+    for phase, seconds in (("forward", 1), ("backward", 2), ("update", 4)):
+        account.enter(phase)  # type: ignore[arg-type]
+        clock.tick(seconds)
+    account.enter("other")
+    reached.add(account.marks[0][2])
+    account.settle()
+    assert (account.costs["forward"].seconds, account.costs["backward"].seconds) == (1, 0)
+    assert waited == []
+    account.settle(wait=True)
+    assert {phase: cost.seconds for phase, cost in account.costs.items()} == {
+        **{"start": 0, "forward": 1, "backward": 2, "update": 4}
+    }
+    assert account.marks == []
