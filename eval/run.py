@@ -20,6 +20,7 @@ from data.chat import render_prompt, user_text
 from data.errors import UserError, exit_codes
 from data.rows import Row, fail_on_bad_rows, read_rows
 from eval.check import Verdict, check_answer, number_asked
+from eval.findings import PUBLISHED_ANSWERS
 from eval.generate import PeakMemory, generate, load_model, load_tokenizer, timed
 from loop.build import build_tokenizer, check_model
 from loop.checkpoint import ADAPTER, first_difference
@@ -27,14 +28,6 @@ from loop.recipe import ROOT, find_model, find_path, parse_recipe
 from loop.run_folder import write_json
 
 SAMPLES = 3  # answers shown of each model
-# The reference's own figures: 20 prompts, one at a time, on Qwen2.5-14B-Instruct. Its MB, here taken for 10^6 bytes as
-# ours, can only be of 2^20: 14.77e9 weights in bf16 are 28,171 of those.
-REFERENCE = {
-    "base": {"accuracy": 0.0, "seconds": 19.67, "tokens_per_second": 20.3,
-             "peak_load_bytes": 28_317_600_000, "peak_inference_bytes": 24_600_000},
-    "tuned": {"accuracy": 1.0, "seconds": 29.60, "tokens_per_second": 12.1,
-              "peak_load_bytes": 28_448_900_000, "peak_inference_bytes": 24_200_000},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,9 +94,9 @@ def evaluate(question: Question) -> tuple[Score, list[tuple[Row, str, Verdict]]]
 
 def table(scores: dict[str, Score], num_rows: int, batch_size: int) -> str:
     """Ours beside the reference's, as a Markdown table."""
-    columns: list[dict[str, Any]] = [*REFERENCE.values(), *(asdict(score) for score in scores.values())]
+    columns: list[dict[str, Any]] = [*PUBLISHED_ANSWERS.values(), *(asdict(score) for score in scores.values())]
     rows = [
-        ("prompts, batch size", ["20, 1"] * len(REFERENCE) + [f"{num_rows}, {batch_size}"] * len(scores)),
+        ("prompts, batch size", ["20, 1"] * len(PUBLISHED_ANSWERS) + [f"{num_rows}, {batch_size}"] * len(scores)),
         ("accuracy", [f"{c['accuracy']:.3f}" for c in columns]),
         ("prefix right", [f"{c['prefix_rate']:.3f}" if "prefix_rate" in c else "–" for c in columns]),
         ("seconds", [f"{c['seconds']:.2f}" for c in columns]),
@@ -111,7 +104,7 @@ def table(scores: dict[str, Score], num_rows: int, batch_size: int) -> str:
         ("peak memory, loading, MB", [f"{c['peak_load_bytes'] / 1e6:,.1f}" for c in columns]),
         ("peak memory, inference beyond that, MB", [f"{c['peak_inference_bytes'] / 1e6:,.1f}" for c in columns]),
     ]
-    names = [f"{whose}, {label}" for whose, labels in (("reference", REFERENCE), ("ours", scores)) for label in labels]
+    names = [f"reference, {label}" for label in PUBLISHED_ANSWERS] + [f"ours, {label}" for label in scores]
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows])
 

@@ -40,16 +40,21 @@ class Activations:
     events: list[Event]
 
 
-def measure_step(model: Any, rows: int, tokens: int, label_tokens: int, checkpointing: bool) -> Activations:
-    """Of a micro-batch of `rows` rows, all padded to `tokens`, on a PeftModel whose weights lie on the meta device."""
+def measure_step(model: Any, rows: int, tokens: int, label_tokens: int, checkpointing: str) -> Activations:
+    """Of a micro-batch of `rows` rows, all padded to `tokens`, on a PeftModel whose weights lie on the meta device.
+
+    `checkpointing` is none, reentrant or non_reentrant.
+    """
     base = model.get_base_model()
     head = base.get_output_embeddings()
     decoder = getattr(base, base.base_model_prefix)
     base.config.use_cache = False
-    if checkpointing:
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        base.activation_checkpointing_disable()
+    base.activation_checkpointing_disable()
+    if checkpointing != "none":
+        reentrant = checkpointing == "reentrant"
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:
+            base.enable_input_require_grads()
     model.train()
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -63,6 +68,8 @@ def measure_step(model: Any, rows: int, tokens: int, label_tokens: int, checkpoi
         loss, before = _forward(decoder, head, ids, attended, labels, live)
         saved = live.now
         loss.backward()
+    if checkpointing == "reentrant":
+        base.disable_input_require_grads()
     vocabulary = head.weight.shape[0] * label_tokens
     return Activations(saved, live.peak, logits=max(saved - before, 2 * 4 * vocabulary), events=events)
 

@@ -55,17 +55,18 @@ class Subject:
 
     @cached_property
     def recomputing(self) -> Activations:
-        return self._measure(True)
+        said = self.recipe.gradient_checkpointing
+        return self._measure("non_reentrant" if said == "none" else said)
 
     @cached_property
     def keeping(self) -> Activations:
-        return self._measure(False)
+        return self._measure("none")
 
     @property
     def as_recipe(self) -> Activations:
         return self.keeping if self.recipe.gradient_checkpointing == "none" else self.recomputing
 
-    def _measure(self, checkpointing: bool) -> Activations:
+    def _measure(self, checkpointing: str) -> Activations:
         rows, work = min(self.recipe.micro_batch_size, self.work.rows), self.work
         return measure_step(self.model, rows, work.longest, rows * work.longest_labels, checkpointing)
 

@@ -42,13 +42,15 @@ def saved_bytes(model: torch.nn.Module) -> Iterator[list[int]]:
     result.append(sum(storage.nbytes() for storage in kept.values()))
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("how", ["none", "non_reentrant", "reentrant"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_saved_is_what_autograd_saves(checkpointing: bool, dtype: torch.dtype) -> None:
+def test_saved_is_what_autograd_saves(how: str, dtype: torch.dtype) -> None:
     model = adapted("cpu", dtype)
     base = model.get_base_model()
-    if checkpointing:
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if how != "none":
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": how == "reentrant"})
+    if how == "reentrant":
+        base.enable_input_require_grads()
     with saved_bytes(model) as saved:
         mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
         mask[0, -5:] = 0  # or PyTorch would take the way without a mask
@@ -56,7 +58,7 @@ def test_saved_is_what_autograd_saves(checkpointing: bool, dtype: torch.dtype) -
         hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         logits = base.lm_head(hidden.flatten(0, 1)[: ROWS * LABELS]).float()
         loss = cross_entropy(logits, torch.zeros(ROWS * LABELS, dtype=torch.long), reduction="sum")
-    planned = measure_step(adapted("meta", dtype), ROWS, TOKENS, ROWS * LABELS, checkpointing)
+    planned = measure_step(adapted("meta", dtype), ROWS, TOKENS, ROWS * LABELS, how)
     assert planned.saved == pytest.approx(saved[0], rel=0.05)
     assert planned.peak > planned.saved
     assert loss.isfinite()
@@ -67,13 +69,13 @@ def test_recomputing_keeps_one_input_a_layer() -> None:
     deep, shallow = (adapted("meta", torch.bfloat16) for _ in range(2))
     layers = shallow.get_base_model().model.layers
     del layers[2:]
-    kept = [measure_step(model, ROWS, TOKENS, LABELS, True).saved for model in (deep, shallow)]
+    kept = [measure_step(model, ROWS, TOKENS, LABELS, "non_reentrant").saved for model in (deep, shallow)]
     assert kept[0] - kept[1] == 2 * ROWS * TOKENS * 128 * 2
 
 
 def test_events_are_the_modules_in_order() -> None:
     """Each module begins and ends in the forward pass, and in the backward pass in the opposite order."""
-    planned = measure_step(adapted("meta", torch.bfloat16), ROWS, TOKENS, LABELS, False)
+    planned = measure_step(adapted("meta", torch.bfloat16), ROWS, TOKENS, LABELS, "none")
     layers = [event.module for event in planned.events if event.kind == "fetch" and event.module.endswith("mlp")]
     names = [f"base_model.model.model.layers.{i}.mlp" for i in range(4)]
     assert layers == names + names[::-1]

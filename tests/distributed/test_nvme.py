@@ -1,5 +1,6 @@
 """accel_configs/nvme/ on a plain folder: it computes what zero3 computes, and a run goes on from its checkpoints."""
 
+import ctypes
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ SHIPPED = CONFIGS / "nvme"
 TINY = ROOT / "data" / "tiny_base"
 HIDDEN, LAYERS, RANK = 768, 2, 32
 SMALLEST = 2**20  # bytes: what DeepSpeed leaves in memory is smaller than this
+LOCKED = 2**25  # bytes: more than a process of these tests locks
 OPTIMIZER_TOO = {"device": "nvme"}
 SERIES = ("train/loss", "train/grad_norm", "val/loss")
 
@@ -27,6 +29,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("DeepSpeed's async_io needs libaio's headers: apt install libaio-dev")
+    if not may_lock(LOCKED):
+        pytest.skip(f"{LOCKED // 2**20} MiB of memory may not be locked here: raise ulimit -l")
     folder = tmp_path_factory.mktemp("task")
     set_seed(0)
     heads = HIDDEN // 64
@@ -43,6 +47,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder / "model")
     return folder
+
+
+def may_lock(size: int) -> bool:
+    memory = (ctypes.c_char * size)()
+    return int(ctypes.CDLL(None).mlock(memory, ctypes.c_size_t(size))) == 0
 
 
 def train(config: Path, task: Path, folder: Path, *arguments: str, precision: str | None = None) -> Run:
@@ -74,11 +83,14 @@ def nvme(folder: Path, optimizer: dict[str, Any] | None) -> Path:
     return folder / "nvme.yaml"
 
 
+@pytest.fixture(scope="module")
+def judge(task: Path) -> Run:
+    return train(CONFIGS / "zero3.yaml", task, task / "judge", precision="no")
+
+
 @pytest.mark.parametrize("optimizer", [None, OPTIMIZER_TOO], ids=["weights", "weights and optimizer"])
-def test_computes_what_zero3_computes(optimizer: dict[str, Any] | None, task: Path, tmp_path: Path) -> None:
-    config = nvme(tmp_path, optimizer)
-    run = train(config, task, tmp_path / "nvme")
-    judge = train(CONFIGS / "zero3.yaml", task, tmp_path / "judge", precision="no")
+def test_computes_what_zero3_computes(optimizer: dict[str, Any] | None, task: Path, judge: Run, tmp_path: Path) -> None:
+    run = train(nvme(tmp_path, optimizer), task, tmp_path / "nvme")
     for key in SERIES:
         assert run.series(key) == pytest.approx(judge.series(key), rel=1e-5)
     assert run.series("train/loss")[-1] < 0.9 * run.series("train/loss")[0], "nothing was learned"

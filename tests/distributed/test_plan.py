@@ -19,6 +19,7 @@ CELLS = [
     Cell("zero3", 2),
     Cell("zero3_offload", 2),
     Cell("zero3", 2, "none"),
+    Cell("zero3", 2, "reentrant"),
     Cell("zero2_offload", 1),
     Cell("zero3", 1),
 ]
