@@ -108,8 +108,11 @@ def recipe_of(model: Path, rows: Path, checkpointing: str) -> Recipe:
 
 def plan(model: Path, rows: Path, cell: Cell, configs: Path = CONFIGS) -> Estimate:
     planned = subject(model, rows, cell.checkpointing)
-    file = str(configs / f"{cell.config}.yaml")
-    return estimate(planned, read_launch(file, planned.recipe, planned.model, cell.processes), Hardware())
+    launched = read_launch(str(configs / f"{cell.config}.yaml"), planned.recipe, planned.model, cell.processes)
+    if not torch.cuda.is_available() and cell.processes == 1 and launched.deepspeed:
+        # Its device is the host, and nobody else has a share: a weight is used where it lies, and nothing is copied.
+        launched.deepspeed["zero_optimization"].pop("offload_param", None)
+    return estimate(planned, launched, Hardware())
 
 
 def measure(model: Path, rows: Path, cell: Cell, folder: Path, precision: str | None = None) -> Run:
