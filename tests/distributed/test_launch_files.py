@@ -53,5 +53,7 @@ def test_launches(config: Path, tmp_path: Path) -> None:
         "deepspeed_config.json",
         "metrics.jsonl",
         "recipe.yaml",
+        "usage.json",
         "versions.json",
+        *("charts", "report.html", "report.md", "summary.json"),
     }
