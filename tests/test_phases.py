@@ -128,9 +128,8 @@ run = [subprocess.Popen([sys.executable, "-c", {script!r}, str(rank), {str(tmp_p
 sys.exit(sum(process.wait() for process in run))
 """
     done = start([sys.executable, "-c", both], ROOT)
-    lines = [line for line in done.output.splitlines() if line.startswith("found")]
     expected = '{"all_gather": [2, 48], "all_reduce": [2, 80], "broadcast": [1, 20], "reduce_scatter": [1, 16]}'
-    assert lines == [f"found {expected}"] * 2, done.output
+    assert done.output.count(expected) == 2, done.output  # both may print at once
 
 
 def test_a_gpus_phases_are_timed_on_the_gpu_without_waiting_for_it(
