@@ -177,7 +177,9 @@ def estimate(subject: Subject, launch: Launch, hardware: Hardware) -> Estimate:
         logits=subject.as_recipe.logits,
         gathered=live,
         gathered_bytes=layout.weight_bytes * gathers * subject.recipe.grad_accum_steps,
-        device_peak=int(CUDA_CONTEXT + device.total - device.gradients + max(device.gradients, in_backward)),
+        device_peak=int(
+            CUDA_CONTEXT + device.total - device.gradients + max(device.gradients + device.temporary, in_backward)
+        ),
         host_load=host_load,
         host_steady=host_steady,
         traffic=sent,

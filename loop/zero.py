@@ -57,6 +57,7 @@ class Held:
     gradients: int = 0
     optimizer: int = 0  # fp32 masters, where there are any, and both moments of AdamW
     buffers: int = 0  # buckets that gradients are sent in, whole copies of persistent parameters
+    temporary: int = 0  # AdamW's, for a moment only and not in `total`: the root of the second moment
 
     @property
     def total(self) -> int:
@@ -69,11 +70,11 @@ def held(layout: Layout, base: Sequence[int], adapters: Sequence[int]) -> tuple[
     halves = w < FP32  # then masters exist beside the weights, and gradients are cast for the update
     if layout.stage is None:  # no masters: the adapters themselves are fp32
         bucket = FP32 * every if n > 1 else 0  # of DDP
-        return Held(w * sum(base), FP32 * every, FP32 * every, 2 * FP32 * every, bucket), Held()
+        return Held(w * sum(base), FP32 * every, FP32 * every, 2 * FP32 * every, bucket, FP32 * every), Held()
     if layout.stage == 0:
         masters = FP32 * every if halves else 0
         gradients = (w if halves else 0) * every + FP32 * every
-        return Held(w * sum(base), w * every, gradients, masters + 2 * FP32 * every), Held()
+        return Held(w * sum(base), w * every, gradients, masters + 2 * FP32 * every, 0, FP32 * every), Held()
     if layout.stage < 3:
         return _held_1_and_2(layout, base, adapters)
     return _held_3(layout, base, adapters)
@@ -87,7 +88,7 @@ def _held_1_and_2(layout: Layout, base: Sequence[int], adapters: Sequence[int]) 
     weights = {"base": w * sum(base), "adapters": w * share * n}
     state = {"gradients": FP32 * share, "optimizer": 3 * FP32 * share}
     if not layout.offloads("optimizer"):
-        return Held(**weights, **state, buffers=buffers), Held()
+        return Held(**weights, **state, buffers=buffers, temporary=FP32 * share), Held()
     # On the host gradients are accumulated in the weights' precision, and the update comes back in it.
     largest = w * max(adapters)
     state["gradients"] += w * share if layout.accumulates else 0
@@ -104,7 +105,10 @@ def _held_3(layout: Layout, base: Sequence[int], adapters: Sequence[int]) -> tup
     on_device: dict[str, int] = {"buffers": bucket + persistent}
     on_host: dict[str, int] = {}
     (on_host if layout.offloads("param") else on_device).update(weights)
-    (on_host if layout.offloads("optimizer") else on_device).update(state)
+    if layout.offloads("optimizer"):  # DeepSpeedCPUAdam, which needs no temporary
+        on_host.update(state)
+    else:
+        on_device.update(state, temporary=FP32 * share)
     return Held(**on_device), Held(**on_host)
 
 

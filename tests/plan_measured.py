@@ -32,7 +32,7 @@ TINY = ROOT / "data" / "tiny_base"
 SHAPE_14B = ROOT / "loop" / "shapes" / "Qwen2.5-14B-Instruct"
 EXACT = ("base", "adapters", "gradients", "optimizer")
 # So that memory a process has let go is not resident any more: glibc keeps it for later otherwise.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "16384", "MALLOC_ARENA_MAX": "2"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def middling() -> Any:
     return config
 
 
-def write_rows(folder: Path, count: int = 16) -> Path:
+def write_rows(folder: Path, count: int = 32) -> Path:
     lines = (ROOT / "data" / "math" / "math_train_1798.json").read_text().splitlines()[1:]
     (folder / "rows.jsonl").write_text("\n".join(line.rstrip(",") for line in lines[:count]))
     return folder / "rows.jsonl"
@@ -84,7 +84,7 @@ def write_rows(folder: Path, count: int = 16) -> Path:
 def arguments(model: Path, rows: Path, cell: Cell) -> list[str]:
     return [
         *("--model.name_or_path", str(model), "--data.train_file", str(rows), "--data.validation_file", "null"),
-        *("--micro_batch_size", "4", "--epochs", "2", "--save_every", "1000", "--tracker", "null"),
+        *("--micro_batch_size", "4", "--epochs", "1", "--save_every", "1000", "--tracker", "null"),
         *("--gradient_checkpointing", cell.checkpointing),
     ]
 
