@@ -1,12 +1,11 @@
 """What benchmarks/zero_settings.py makes of the account of a run."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import zero_settings
-from benchmarks.zero_settings import STAGES, Cost, Variant, changes, cost, order, table, write_section
+from benchmarks.zero_settings import STAGES, Cost, Variant, changes, cost, order, table
 
 
 def usage(**collectives: tuple[int, int]) -> dict[str, Any]:
@@ -52,14 +51,3 @@ def test_what_lies_within_the_defaults_runs_is_nothing() -> None:
     quiet, loud = table(runs)[-2:]
     assert quiet.endswith("| nothing |")
     assert loud.endswith("| all_reduce 1 → 2, 0.0 → 0.0 MB; time × 2.00; memory +45 MB |")
-
-
-def test_section_replaces_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = tmp_path / "zero.md"
-    page.write_text("# ZeRO\n\nread [measured](#measured)\n\n## Measured\n\nold\n")
-    monkeypatch.setattr(zero_settings, "PAGE", page)
-    write_section(["new"])
-    text = page.read_text()
-    assert text.startswith("# ZeRO\n\nread [measured](#measured)\n\n## Measured\n\nWritten by `")
-    assert text.endswith("\n\nnew\n")
-    assert "old" not in text
