@@ -248,7 +248,7 @@ def main() -> None:
         f"Two processes, each one row a step; a Qwen2 with {LAYERS} layers of hidden size {HIDDEN} (61 M random",
         "weights, bf16), LoRA of rank 8, non-reentrant checkpointing. Step time: median of the last",
         f"{STEPS - WARM_UP} of {STEPS} steps, relative to the default. Peak memory: resident host memory of rank 0",
-        "over forward, backward and update, difference from the default's median; of it about 700 MB are Python",
+        "over forward, backward and update, difference from the default's median; of it about 600 MB are Python",
         "and its libraries. Collectives: of rank 0, bytes of whole tensors. In the last column is what lies",
         "outside the default's own three runs. At stage 3 the default has live parameters and reuse distance",
         f"scaled to the 6.8 % that {EVERYTHING:,} are of Qwen2.5-14B ({SHARE:,}). All took {minutes:.0f} minutes.",
