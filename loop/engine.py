@@ -159,18 +159,21 @@ def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerato
 
 
 def _announce_builds(zero: dict[str, Any]) -> None:
-    """Tells the user why nothing happens: a minute's build, or a wait for a process that was killed in one."""
-    wanted = [] if torch.cuda.is_available() else ["deepspeed_shm_comm"]
-    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
-        wanted.append("cpu_adam")
+    """Tells the user why nothing happens: a build of minutes, or a wait for a process that was killed in one."""
+    wanted = {} if torch.cuda.is_available() else {"deepspeed_shm_comm": "about a minute"}
+    devices = [(zero.get(block) or {}).get("device", "none") for block in ("offload_optimizer", "offload_param")]
+    if devices[0] != "none":
+        wanted["cpu_adam"] = "about a minute"
+    if "nvme" in devices:
+        wanted["async_io"] = "three to ten minutes"
     built = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
-    for name in wanted:
+    for name, time_it_takes in wanted.items():
         for lock in built.glob(f"**/{name}/lock"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - lock.stat().st_mtime > LOCK_AGE:
                     print(f"waiting for {lock}: if no other process builds {name}, delete that file", flush=True)
         if not list(built.glob(f"**/{name}/*.so")):
-            print(f"DeepSpeed builds its C++ extension {name} now: about a minute, once for this user", flush=True)
+            print(f"DeepSpeed builds its C++ extension {name} now: {time_it_takes}, once for this user", flush=True)
 
 
 def build_extensions() -> None:

@@ -31,6 +31,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("DeepSpeed's async_io needs libaio's headers: apt install libaio-dev")
     if not may_lock(LOCKED):
         pytest.skip(f"{LOCKED // 2**20} MiB of memory may not be locked here: raise ulimit -l")
+    AsyncIOBuilder().load(verbose=False)  # takes minutes, which are not to count as a launch's
     folder = tmp_path_factory.mktemp("task")
     set_seed(0)
     heads = HIDDEN // 64
