@@ -15,9 +15,12 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from data.layout import MicroBatch
+from loop.build import set_checkpointing
+from loop.head import logits_at_once, put_loss_inside
 
 
 @dataclass(frozen=True)
@@ -40,48 +43,32 @@ class Activations:
     events: list[Event]
 
 
-def measure_step(model: Any, rows: int, tokens: int, label_tokens: int, checkpointing: str) -> Activations:
-    """Of a micro-batch of `rows` rows, all padded to `tokens`, on a PeftModel whose weights lie on the meta device.
+def measure_step(model: Any, micro_batch: MicroBatch, checkpointing: str) -> Activations:
+    """Of a micro-batch on a PeftModel whose weights lie on the meta device.
 
     `checkpointing` is none, reentrant or non_reentrant.
     """
     base = model.get_base_model()
-    head = base.get_output_embeddings()
-    decoder = getattr(base, base.base_model_prefix)
     base.config.use_cache = False
-    base.activation_checkpointing_disable()
-    if checkpointing != "none":
-        reentrant = checkpointing == "reentrant"
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-        if reentrant:
-            base.enable_input_require_grads()
+    set_checkpointing(base, checkpointing)
+    put_loss_inside(model)
     model.train()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_let_go)
+    hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in model.parameters() if p.requires_grad]
     live = _Live(model)
     events: list[Event] = []
-    ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
-    labels = torch.zeros(label_tokens, dtype=torch.long, device="meta")
-    attended = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device="meta")  # as if there is padding
+    batch = micro_batch.to(torch.device("meta"))
+    rows, tokens = batch.input_ids.shape
+    inputs = batch.inputs
+    if batch.attention_mask is not None:  # as transformers makes it of one, which it cannot on this device
+        inputs["attention_mask"] = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device="meta")
     with warnings.catch_warnings(action="ignore"), _recorded(model, live, events), _fused_attention(), live:
-        loss, before = _forward(decoder, head, ids, attended, labels, live)
+        loss = model(labels=batch.label_ids, predicts=batch.predicts, **inputs)
         saved = live.now
         loss.backward()
-    if checkpointing == "reentrant":
-        base.disable_input_require_grads()
-    vocabulary = head.weight.shape[0] * label_tokens
-    return Activations(saved, live.peak, logits=max(saved - before, 2 * 4 * vocabulary), events=events)
-
-
-def _forward(
-    decoder: Any, head: Any, ids: Tensor, attended: Tensor, labels: Tensor, live: "_Live"
-) -> tuple[Tensor, int]:
-    """The loss as in loop/step.py, and what lived before the vocabulary was computed."""
-    hidden = decoder(input_ids=ids, attention_mask=attended, use_cache=False).last_hidden_state
-    before = live.now
-    logits = head(hidden.flatten(0, 1)[: len(labels)]).float()
-    return cross_entropy(logits, labels, reduction="sum"), before
+    for hook in hooks:
+        hook.remove()
+    set_checkpointing(base, "none")
+    return Activations(saved, live.peak, logits=2 * logits_at_once(base, len(batch.predicts)), events=events)
 
 
 def _let_go(parameter: Tensor) -> None:

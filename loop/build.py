@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from data.chat import Example, encode_rows
 from data.errors import UserError
+from data.layout import Layout
 from data.rows import read_rows
+from loop.attention import BY_ROW
 from loop.engine import mixed_precision
+from loop.head import put_loss_inside
 from loop.phases import measured
 from loop.recipe import Recipe, find_model, find_path
 
@@ -29,6 +32,7 @@ class Data:
     train: list[Example]
     validation: list[Example]
     pad_token_id: int
+    layout: Layout = "padded"  # of micro-batches
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -136,22 +140,34 @@ def _lora_config(recipe: Recipe) -> LoraConfig:
 
 
 @measured("load")
-def build_model(recipe: Recipe, accelerator: Accelerator) -> PeftModel:
-    """The base model, frozen, with fresh LoRA adapters. Every rank enters: at stage 3 rank 0 reads and shares."""
+def build_model(recipe: Recipe, layout: Layout, checkpointing: str, accelerator: Accelerator) -> PeftModel:
+    """The base model, frozen, with fresh LoRA adapters; called with labels it returns the loss (loop/head.py).
+
+    Every rank enters: at stage 3 rank 0 reads and shares.
+    """
     base = _open_model(recipe, dtype=WEIGHT_DTYPES[mixed_precision(accelerator)])
     base.config.use_cache = False  # a cache is of no use in training
-    if recipe.gradient_checkpointing != "none":
-        reentrant = recipe.gradient_checkpointing == "reentrant"
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-        if reentrant:  # it computes gradients only for segments one of whose inputs wants one
-            base.enable_input_require_grads()
+    set_checkpointing(base, checkpointing)
+    if layout != "padded":
+        base.set_attn_implementation(BY_ROW)
     set_seed(recipe.seed)  # here, so that the initial adapters do not depend on how the base was loaded
     # Under DeepSpeed the adapters have the base's dtype at every stage and the fp32 masters live in the
     # optimizer. Without DeepSpeed there are no masters, so the adapters themselves are fp32.
     under_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     model = get_peft_model(base, _lora_config(recipe), autocast_adapter_dtype=not under_deepspeed)
     assert isinstance(model, PeftModel)
+    put_loss_inside(model)
     return model
+
+
+def set_checkpointing(base: Any, kind: str) -> None:
+    """`kind` is none, non_reentrant or reentrant."""
+    base.activation_checkpointing_disable()
+    base.disable_input_require_grads()
+    if kind != "none":
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
+    if kind == "reentrant":  # it computes gradients only for segments one of whose inputs wants one
+        base.enable_input_require_grads()
 
 
 def build_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.AdamW:

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from data.batch import epoch_order, num_windows, windows
 from data.chat import Example
+from data.layout import Layout as BatchLayout
+from data.layout import MicroBatch, collate
 from loop.activations import Activations, measure_step
-from loop.flops import Batch, MatrixProducts, count, matrix_products
+from loop.flops import Batch, MatrixProducts, count_computed, matrix_products
 from loop.launch_file import Launch
 from loop.recipe import Recipe
 from loop.zero import PERSISTENT, Gathered, Held, Layout, Traffic, gathered, held, traffic
@@ -32,12 +34,25 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Work:
-    """The rows of one epoch, and of the micro-batch that needs most."""
+    """The rows of one epoch, and how micro-batches are made of them."""
 
-    rows: int
-    longest: int  # tokens of the longest row
-    longest_labels: int
-    examples: list[Example] | None  # None without a tokenizer: each row is taken for as long as max_length
+    examples: list[Example]
+    layout: BatchLayout
+    real: bool  # False without a tokenizer: each row is taken for as long as max_length
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(example.prompt_ids) + len(example.answer_ids) for example in self.examples)
+
+    @property
+    def longest_answer(self) -> int:
+        return max(len(example.answer_ids) for example in self.examples)
+
+    def largest(self, rows: int) -> MicroBatch:
+        """The micro-batch of at most `rows` that needs most memory: its rows are the longest."""
+        longest = sorted(self.examples, key=lambda example: len(example.prompt_ids) + len(example.answer_ids))[-rows:]
+        return collate(longest, self.layout, pad_token_id=0)
 
 
 class Subject:
@@ -55,20 +70,15 @@ class Subject:
 
     @cached_property
     def recomputing(self) -> Activations:
-        said = self.recipe.gradient_checkpointing
-        return self._measure("non_reentrant" if said == "none" else said)
+        reentrant = self.recipe.gradient_checkpointing == "reentrant"
+        return self._measure("reentrant" if reentrant else "non_reentrant")
 
     @cached_property
     def keeping(self) -> Activations:
         return self._measure("none")
 
-    @property
-    def as_recipe(self) -> Activations:
-        return self.keeping if self.recipe.gradient_checkpointing == "none" else self.recomputing
-
     def _measure(self, checkpointing: str) -> Activations:
-        rows, work = min(self.recipe.micro_batch_size, self.work.rows), self.work
-        return measure_step(self.model, rows, work.longest, rows * work.longest_labels, checkpointing)
+        return measure_step(self.model, self.work.largest(self.recipe.micro_batch_size), checkpointing)
 
     def gathered(self, layout: Layout, activations: Activations) -> Gathered:
         sizes = [layout.size(key) for key in SIZES]
@@ -77,26 +87,28 @@ class Subject:
             self._gathered[key] = gathered(layout, self.model, activations.events)
         return self._gathered[key]
 
-    def epoch(self, processes: int) -> tuple[int, Batch, Batch]:
-        """Steps; tokens as they are; tokens as computed, with padding."""
+    @cache  # noqa: B019  # a plan has one subject, or a few
+    def epoch(self, processes: int) -> tuple[int, int, Batch]:
+        """Steps; tokens as the rows have them; what is computed, with padding, and shared tokens once."""
         recipe, work = self.recipe, self.work
-        steps = num_windows(work.rows, recipe.micro_batch_size * recipe.grad_accum_steps * processes)
-        if work.examples is None:
-            t = work.longest
-            batch = Batch(work.rows, work.rows * t, work.rows * work.longest_labels, work.rows * t * t)
-            return steps, batch, batch
-        real, padded = Batch(), Batch()
-        order = epoch_order(work.rows, recipe.seed, 0)
+        steps = num_windows(len(work.examples), recipe.micro_batch_size * recipe.grad_accum_steps * processes)
+        computed, tokens = Batch(), 0
+        order = epoch_order(len(work.examples), recipe.seed, 0)
         for rank in range(processes):
             share = windows(
-                work.examples, order, recipe.micro_batch_size, recipe.grad_accum_steps, processes, rank, pad_token_id=0
+                work.examples,
+                order,
+                recipe.micro_batch_size,
+                recipe.grad_accum_steps,
+                processes,
+                rank,
+                work.layout,
+                pad_token_id=0,
             )
-            for micro_batch in (one for window in share for one in window.micro_batches):
-                b, t = micro_batch.input_ids.shape
-                mine = count(micro_batch)
-                real += mine
-                padded += Batch(b, b * t, mine.label_tokens, b * t * t)
-        return steps, real, padded
+            for window in share:
+                computed = sum(map(count_computed, window.micro_batches), computed)
+                tokens += window.num_tokens if rank == 0 else 0
+        return steps, tokens, computed
 
 
 SIZES = (
@@ -114,7 +126,8 @@ class Estimate:
     launch: Launch
     device: Held
     on_host: Held  # of one rank
-    activations: int  # at their highest, as the recipe says, with what ZeRO-3 has gathered by then
+    recomputes: bool  # gradient checkpointing, as the recipe says; for auto, where memory asks for it or is not known
+    activations: int  # at their highest, with what ZeRO-3 has gathered by then
     activations_recomputing: int  # with gradient checkpointing
     activations_keeping: int  # without
     logits: int  # part of the activations
@@ -151,44 +164,61 @@ class Estimate:
 def estimate(subject: Subject, launch: Launch, hardware: Hardware) -> Estimate:
     layout, n = launch.layout, launch.processes
     device, on_host = held(layout, subject.base, subject.adapters)
-    peaks, live, gathers = {}, 0, 0
-    for activations in (subject.recomputing, subject.keeping):
-        if layout.stage == 3 and (n > 1 or layout.offloads("param")):
-            found = subject.gathered(layout, activations)
-            peaks[id(activations)] = found.peak
-            if activations is subject.as_recipe:
-                live, gathers = found.live, found.gathers
-        else:
-            peaks[id(activations)] = activations.peak
-    peak = peaks[id(subject.as_recipe)]
-    in_backward = layout.weight_bytes * sum(subject.adapters) + peak
-    host_load, host_steady = _host(layout, subject.base, on_host)
-    steps, real, padded = subject.epoch(n)
-    sent = traffic(layout, subject.adapters, subject.recipe.grad_accum_steps, gathers)
+    peaks = {recomputes: peak_of_step(subject, layout, recomputes) for recomputes in (True, False)}
     recomputes = subject.recipe.gradient_checkpointing != "none"
-    flops = subject.products.computed_flops(padded, recomputes) / steps
+    if subject.recipe.gradient_checkpointing == "auto" and hardware.gpu_memory:
+        recomputes = peaks[False].device > COMFORT * hardware.gpu_memory
+    peak = peaks[recomputes]
+    host_load, host_steady = _host(layout, subject.base, on_host)
+    steps, tokens, computed = subject.epoch(n)
+    sent = traffic(layout, subject.adapters, subject.recipe.grad_accum_steps, peak.gathers)
+    flops = subject.products.computed_flops(computed, recomputes) / steps
+    chosen = subject.recomputing if recomputes else subject.keeping
     return Estimate(
         launch=launch,
         device=device,
         on_host=on_host,
-        activations=peak,
-        activations_recomputing=peaks[id(subject.recomputing)],
-        activations_keeping=peaks[id(subject.keeping)],
-        logits=subject.as_recipe.logits,
-        gathered=live,
-        gathered_bytes=layout.weight_bytes * gathers * subject.recipe.grad_accum_steps,
-        device_peak=int(
-            CUDA_CONTEXT + device.total - device.gradients + max(device.gradients + device.temporary, in_backward)
-        ),
+        recomputes=recomputes,
+        activations=peak.activations,
+        activations_recomputing=peaks[True].activations,
+        activations_keeping=peaks[False].activations,
+        logits=chosen.logits,
+        gathered=peak.gathered,
+        gathered_bytes=layout.weight_bytes * peak.gathers * subject.recipe.grad_accum_steps,
+        device_peak=peak.device,
         host_load=host_load,
         host_steady=host_steady,
         traffic=sent,
         flops=flops,
         steps=steps * subject.recipe.epochs,
         epochs=subject.recipe.epochs,
-        tokens=real.tokens,
+        tokens=tokens,
         seconds=_seconds(flops / n, sent, hardware),
     )
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Of one rank and step, in bytes."""
+
+    device: int
+    activations: int  # at their highest, with what ZeRO-3 has gathered by then
+    gathered: int = 0  # weights gathered by ZeRO-3, at most
+    gathers: int = 0  # elements, in a micro-batch's forward and backward pass
+
+
+def peak_of_step(subject: Subject, layout: Layout, recomputes: bool) -> Peak:
+    """What a rank's device needs, with gradient checkpointing or without."""
+    activations = subject.recomputing if recomputes else subject.keeping
+    device = held(layout, subject.base, subject.adapters)[0]
+    peak, live, gathers = activations.peak, 0, 0
+    if layout.stage == 3 and (layout.processes > 1 or layout.offloads("param")):
+        found = subject.gathered(layout, activations)
+        peak, live, gathers = found.peak, found.live, found.gathers
+    in_backward = layout.weight_bytes * sum(subject.adapters) + peak
+    rest = device.total - device.gradients
+    most = CUDA_CONTEXT + rest + max(device.gradients + device.temporary, in_backward)
+    return Peak(int(most), peak, live, gathers)
 
 
 def _host(layout: Layout, base: Sequence[int], on_host: Held) -> tuple[int, int]:

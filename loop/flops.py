@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 
-from data.batch import MicroBatch
+from data.layout import MicroBatch
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows computed together or one after the other; all counts without padding."""
+    """Rows computed together or one after the other."""
 
     rows: int = 0
     tokens: int = 0
     label_tokens: int = 0
-    squared: int = 0  # sum over rows of the square of their tokens, what attention grows with
+    squared: int = 0  # sum over tokens of those they attend to, the later ones included: what attention grows with
 
     def __add__(self, other: "Batch") -> "Batch":
         return Batch(
@@ -27,16 +27,26 @@ class Batch:
 
 
 def count(micro_batch: MicroBatch) -> Batch:
-    """Of the real rows; a stand-in counts nothing."""
+    """Of the real rows, without padding, and with what they share once; a stand-in counts nothing."""
     if not micro_batch.rows:
         return Batch()
-    lengths = micro_batch.attention_mask.sum(dim=1)
+    n = micro_batch.prefix
     return Batch(
         rows=len(micro_batch.rows),
-        tokens=int(lengths.sum()),
+        tokens=n + sum(micro_batch.own),
         label_tokens=int((micro_batch.labels >= 0).sum()),
-        squared=int((lengths**2).sum()),
+        squared=n * n + sum(own * (n + own) for own in micro_batch.own),
     )
+
+
+def count_computed(micro_batch: MicroBatch) -> Batch:
+    """With all padding; a stand-in counts as well."""
+    b, t = micro_batch.input_ids.shape
+    label_tokens, n = int((micro_batch.labels >= 0).sum()), micro_batch.prefix
+    squared = b * t * t
+    if micro_batch.apart is not None:
+        squared = n * n + sum(group.numel() * (n + group.shape[1]) for group in micro_batch.apart.groups)
+    return Batch(len(micro_batch.own), b * t, label_tokens, squared)
 
 
 @dataclass(frozen=True)

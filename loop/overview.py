@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
+from loop.auto import Decided
 from loop.build import Data, rows_per_step, warmup_steps
 from loop.engine import mixed_precision
 from loop.recipe import Recipe
@@ -22,7 +23,15 @@ def device_name(accelerator: Accelerator) -> str:
     return f"{accelerator.device} {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def overview(recipe: Recipe, data: Data, model: Any, run_dir: Path, total_steps: int, accelerator: Accelerator) -> str:
+def overview(
+    recipe: Recipe,
+    decided: Decided,
+    data: Data,
+    model: Any,
+    run_dir: Path,
+    total_steps: int,
+    accelerator: Accelerator,
+) -> str:
     """The page's text; every rank enters."""
     devices = gather_object(
         [f"{accelerator.process_index}: {device_name(accelerator)}, pid {os.getpid()}"]
@@ -40,7 +49,7 @@ def overview(recipe: Recipe, data: Data, model: Any, run_dir: Path, total_steps:
         "precision": f"{mixed_precision(accelerator)}, adapters {' and '.join(dtypes)}",
         "model": f"{recipe.model.name_or_path}: {trainable:,} of {everything:,} parameters train "
         f"({100 * trainable / everything:.2f} %)",
-        "gradient checkpointing": recipe.gradient_checkpointing,
+        **decided.said,
         "data": f"{len(data.train):,} rows, {tokens:,} tokens, {label_tokens:,} of them labels; "
         f"{len(data.validation):,} validation rows",
         "effective batch": f"{recipe.micro_batch_size} rows x {recipe.grad_accum_steps} accumulated x "

@@ -19,11 +19,15 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.batch import num_windows
+from data.chat import Example
 from data.errors import UserError, exit_codes
+from data.layout import Layout
 from data.rows import read_rows
-from loop.build import WEIGHT_DTYPES, add_adapters
+from loop.attention import BY_ROW
+from loop.batching import choose_layout
+from loop.build import WEIGHT_DTYPES, Data, add_adapters
 from loop.cards import CARDS
-from loop.dry_run import Findings, contradictions, len_of, open_tokenizer, read_data, shown_rows
+from loop.dry_run import Findings, contradictions, open_tokenizer, read_data, shown_rows
 from loop.engine import set_up_environment
 from loop.estimate import Hardware, Subject, Work, estimate
 from loop.launch_file import Launch, read_launch
@@ -130,18 +134,26 @@ def launches(args: argparse.Namespace, recipe: Recipe, model: Any, found: Findin
     return result
 
 
-def measure_work(recipe: Recipe, found: Findings) -> tuple[Work | None, str, Any]:
-    """The rows; the first of them as text; the tokenized data, where there is a tokenizer. None after a problem."""
+def measure_work(recipe: Recipe, base: Any, found: Findings) -> tuple[Work | None, str, str, Data | None]:
+    """The rows, how they share a micro-batch, the first of them as text, all of them. None after a problem.
+
+    Without a tokenizer every row is taken for one of max_length tokens, all but one of them learned.
+    """
     tokenizer = open_tokenizer(recipe, found)
     data = read_data(recipe, tokenizer, found)
     if data is not None and tokenizer is not None:
-        longest = max(map(len_of, data.train))
-        labels = max(len(example.answer_ids) for example in data.train)
-        return Work(len(data.train), longest, labels, data.train), shown_rows(data.train, tokenizer), data
+        chosen = found.attempt(lambda: choose_layout(recipe, data.train, base, num_processes=1))
+        layout: Layout
+        layout, why = chosen or ("padded", "")
+        return Work(data.train, layout, real=True), why, shown_rows(data.train, tokenizer), data
     rows = found.attempt(lambda: read_rows(find_path(recipe.data.train_file))) if tokenizer is None else None
     if not rows:
-        return None, "", None
-    return Work(len(rows), recipe.data.max_length, recipe.data.max_length - 1, None), "", None
+        return None, "", "", None
+    return Work(_as_long_as_allowed(recipe, len(rows)), "padded", real=False), "padded, without a tokenizer", "", None
+
+
+def _as_long_as_allowed(recipe: Recipe, rows: int) -> list[Example]:
+    return [Example(number, [0], [0] * (recipe.data.max_length - 1)) for number in range(1, rows + 1)]
 
 
 @exit_codes()
@@ -152,19 +164,23 @@ def main(argv: Sequence[str]) -> None:
     set_up_environment()
     transformers.utils.logging.set_verbosity_error()
     found = Findings()
-    work, rows_shown, data = measure_work(recipe, found)
     model = model_without_weights(recipe, "bf16")
-    subject = Subject(recipe, model, work or Work(1, recipe.data.max_length, recipe.data.max_length - 1, None))
+    base = model.get_base_model()
+    work, batching, rows_shown, data = measure_work(recipe, base, found)
+    if work and work.layout != "padded":
+        base.set_attn_implementation(BY_ROW)
+    subject = Subject(recipe, model, work or Work(_as_long_as_allowed(recipe, 1), "padded", real=False))
     planned = launches(args, recipe, model, found)
     estimates = [estimate(subject, launch, given) for launch in planned] if work else []
     if work:
         rows = recipe.micro_batch_size * recipe.grad_accum_steps * (planned[0].processes if planned else 1)
-        contradictions(recipe, data, model, recipe.epochs * num_windows(work.rows, rows), work.rows, found)
+        num_rows = len(work.examples)
+        contradictions(recipe, data, model, recipe.epochs * num_windows(num_rows, rows), num_rows, found)
     found.problems[:] = dict.fromkeys(found.problems)
     if args.json:
-        print(json.dumps(as_json(recipe, subject, estimates, given, found), indent=2, ensure_ascii=False))
+        print(json.dumps(as_json(recipe, subject, batching, estimates, given, found), indent=2, ensure_ascii=False))
     else:
-        print(page(recipe, subject, estimates, given, found, rows_shown))
+        print(page(recipe, subject, batching, estimates, given, found, rows_shown))
     if found.problems:
         raise UserError(f"{len(found.problems)} contradictions would keep this training from starting (above).")
 

@@ -89,7 +89,7 @@ def change(subject: Subject, estimates: Sequence[Estimate], given: Hardware) -> 
     """The one value whose change makes something fit: checkpointing, micro-batch, GPUs or memory, in this order."""
     launches = {one.launch.file: one.launch for one in estimates}
     recipe = subject.recipe
-    if recipe.gradient_checkpointing == "none":
+    if recipe.gradient_checkpointing == "none":  # for auto it has been tried
         saving = Subject(replace(recipe, gradient_checkpointing="non_reentrant"), subject.model, subject.work)
         best = recommend([estimate(saving, one.launch, given) for one in estimates], given)
         if best:
@@ -118,7 +118,13 @@ def change(subject: Subject, estimates: Sequence[Estimate], given: Hardware) -> 
 
 
 def page(
-    recipe: Recipe, subject: Subject, estimates: Sequence[Estimate], given: Hardware, found: Findings, rows_shown: str
+    recipe: Recipe,
+    subject: Subject,
+    batching: str,
+    estimates: Sequence[Estimate],
+    given: Hardware,
+    found: Findings,
+    rows_shown: str,
 ) -> str:
     """Everything, as text."""
     chosen = recommend(estimates, given)
@@ -128,8 +134,9 @@ def page(
     work = subject.work
     parts += [
         "\n== model and data",
-        f"{trainable:,} of {everything:,} parameters train ({100 * trainable / everything:.2f} %); {work.rows:,} rows, "
-        f"the longest {work.longest} tokens, {work.longest_labels} of them learned at most",
+        f"{trainable:,} of {everything:,} parameters train ({100 * trainable / everything:.2f} %); "
+        f"{len(work.examples):,} rows, the longest {work.longest} tokens, answers up to {work.longest_answer}",
+        f"batching {batching}",
     ]
     if estimates:
         parts += [f"{recipe.epochs} epochs of {estimates[0].tokens:,} tokens"]
@@ -153,7 +160,12 @@ def page(
 
 
 def as_json(
-    recipe: Recipe, subject: Subject, estimates: Sequence[Estimate], given: Hardware, found: Findings
+    recipe: Recipe,
+    subject: Subject,
+    batching: str,
+    estimates: Sequence[Estimate],
+    given: Hardware,
+    found: Findings,
 ) -> dict[str, Any]:
     chosen = recommend(estimates, given)
     entries = []
@@ -164,6 +176,7 @@ def as_json(
         "recipe": recipe_as_dict(recipe),
         "base_parameters": sum(subject.base),
         "trainable_parameters": sum(subject.adapters),
+        "batching": batching,
         "hardware": asdict(given),
         "estimates": entries,
         "recommended": {"name": chosen.launch.name, "processes": chosen.launch.processes} if chosen else None,

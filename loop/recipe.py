@@ -88,8 +88,10 @@ class Recipe:
     """Rows a process computes at once."""
     grad_accum_steps: int = 1
     """Micro-batches a process adds up before an optimizer step."""
-    gradient_checkpointing: Literal["none", "non_reentrant", "reentrant"] = "non_reentrant"
-    """Keep only each layer's input and recompute the rest in the backward pass."""
+    batching: Literal["auto", "padded", "packed", "shared_prefix"] = "auto"
+    """How rows share a micro-batch (data/layout.py); auto: whichever computes the fewest tokens. All learn the same."""
+    gradient_checkpointing: Literal["auto", "none", "non_reentrant", "reentrant"] = "auto"
+    """Keep only each layer's input and recompute the rest in the backward pass; auto: where memory asks for it."""
     seed: int = 42
     """Seed of row order, LoRA's initial weights and dropout."""
     log_every: int = 5

@@ -25,7 +25,7 @@ from loop.recipe import Recipe, find_model, find_path, recipe_as_dict
 # way as long as its product stays; model and training file may lie elsewhere as long as their content is the same.
 FREE = {
     "run_dir", "resume", "tracker", "log_every", "eval_every", "save_every", "save_total_limit", "rank_timeout",
-    "gradient_checkpointing", "micro_batch_size", "grad_accum_steps", "model.name_or_path",
+    "batching", "gradient_checkpointing", "micro_batch_size", "grad_accum_steps", "model.name_or_path",
     "model.attn_implementation", "model.trust_remote_code", "data.train_file", "data.validation_file",
     "data.max_length",
 }  # fmt: skip

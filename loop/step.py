@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
 
-from data.batch import IGNORE_INDEX, MicroBatch, Window
+from data.batch import Window
+from data.layout import MicroBatch
 from loop.phases import measured
 
 
@@ -63,16 +63,17 @@ def train_step(
 
 
 def summed_nll(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
-    """Scalar: cross entropy in nats, summed over the label tokens of `micro_batch`; collective under ZeRO-3."""
-    is_label = micro_batch.labels != IGNORE_INDEX  # [B, T]
-    output = model(
-        input_ids=micro_batch.input_ids,
-        attention_mask=micro_batch.attention_mask,
-        # lm_head only where a label is predicted: a position predicts the token after it
-        logits_to_keep=pad(is_label[:, 1:], (0, 1)),
+    """Scalar: cross entropy in nats, summed over the label tokens of `micro_batch`; collective under ZeRO-3.
+
+    The model computes it itself, for the N label positions only (loop/head.py), so that there are never more logits
+    than are needed at a time.
+    """
+    nll: Tensor = model(
+        **micro_batch.inputs,  # [B, T]
+        predicts=micro_batch.predicts,  # [N], places in B x T
+        labels=micro_batch.label_ids,  # [N]
     )
-    logits = output.logits.float()  # [number of labels, vocab]
-    return cross_entropy(logits, micro_batch.labels[is_label], reduction="sum")
+    return nll
 
 
 @measured("validate")

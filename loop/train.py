@@ -4,6 +4,7 @@ accelerate launch --config_file accel_configs/zero3.yaml loop/train.py [--config
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 
 from data.batch import empty_window, epoch_order, num_windows, windows
 from data.errors import Stopped, end_process, exit_codes
+from loop.auto import decide
 from loop.build import (
     Data,
     build_data,
@@ -44,20 +46,22 @@ def main(argv: Sequence[str]) -> None:
     check_run_folder(recipe, checkpoint)
     tokenizer = build_tokenizer(recipe)
     data = build_data(recipe, tokenizer)
-    check_model(recipe, tokenizer)
+    model_without_weights = check_model(recipe, tokenizer)
     accelerator = build_accelerator(recipe)
     with Watch(recipe.rank_timeout, accelerator) as watch:
         total_steps = recipe.epochs * num_windows(len(data.train), rows_per_step(recipe, accelerator))
         watch.step = checkpoint.step if checkpoint else 0
         check_resumable(checkpoint, recipe, total_steps, accelerator)
-        model = build_model(recipe, accelerator)
+        decided = decide(recipe, data, model_without_weights, accelerator)  # what the recipe leaves to auto
+        data = replace(data, layout=decided.layout)
+        model = build_model(recipe, decided.layout, decided.checkpointing, accelerator)
         restore_adapter(checkpoint, model, accelerator)
         run_dir = create_run_folder(name, recipe, checkpoint, accelerator)
 
         optimizer = build_optimizer(recipe, model)
         model, optimizer = prepare(model, optimizer, accelerator)
         write_engine_config(run_dir, accelerator)
-        nothing = empty_window(data.train[0], recipe.grad_accum_steps, data.pad_token_id)
+        nothing = empty_window(data.train[0], recipe.grad_accum_steps, data.layout, data.pad_token_id)
         resume_optimizer(checkpoint, model, optimizer, nothing, accelerator)
         lr_scheduler = build_lr_scheduler(recipe, optimizer, total_steps, done=checkpoint.updates if checkpoint else 0)
 
@@ -65,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
             Tracking(recipe, run_dir, checkpoint.step if checkpoint else 0, total_steps, accelerator) as tracking,
             StopSignals(accelerator) as signals,
         ):
-            tracking.say(overview(recipe, data, model, run_dir, total_steps, accelerator))
+            tracking.say(overview(recipe, decided, data, model, run_dir, total_steps, accelerator))
             fit(
                 recipe, data, model, optimizer, lr_scheduler, checkpoint, run_dir, tracking, signals, watch, accelerator
             )
@@ -98,6 +102,7 @@ def fit(
         micro_batch_size=recipe.micro_batch_size,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
+        layout=data.layout,
         pad_token_id=data.pad_token_id,
     )
     rows = rows_per_step(recipe, accelerator)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from data.rows import read_rows
 from loop.build import build_data, build_tokenizer
 from loop.estimate import CUDA_CONTEXT, Estimate, Hardware, Subject, Work, estimate
 from loop.launch_file import read_launch
@@ -84,7 +83,18 @@ def write_rows(folder: Path, count: int = 32) -> Path:
 def arguments(model: Path, rows: Path, cell: Cell) -> list[str]:
     return [
         *("--model.name_or_path", str(model), "--data.train_file", str(rows), "--data.validation_file", "null"),
-        *("--micro_batch_size", "4", "--epochs", "1", "--save_every", "1000", "--tracker", "null"),
+        *(
+            "--micro_batch_size",
+            "4",
+            "--epochs",
+            "1",
+            "--save_every",
+            "1000",
+            "--tracker",
+            "null",
+            "--batching",
+            "padded",
+        ),
         *("--gradient_checkpointing", cell.checkpointing),
     ]
 
@@ -93,13 +103,7 @@ def arguments(model: Path, rows: Path, cell: Cell) -> list[str]:
 def subject(model: Path, rows: Path, checkpointing: str) -> Subject:
     recipe = recipe_of(model, rows, checkpointing)
     examples = build_data(recipe, build_tokenizer(recipe)).train
-    work = Work(
-        rows=len(read_rows(rows)),
-        longest=max(len(example.prompt_ids) + len(example.answer_ids) for example in examples),
-        longest_labels=max(len(example.answer_ids) for example in examples),
-        examples=examples,
-    )
-    return Subject(recipe, model_without_weights(recipe, "bf16"), work)
+    return Subject(recipe, model_without_weights(recipe, "bf16"), Work(examples, "padded", real=True))
 
 
 def recipe_of(model: Path, rows: Path, checkpointing: str) -> Recipe:

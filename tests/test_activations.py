@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from data.chat import Example
+from data.layout import collate
 from loop.activations import measure_step
+from loop.head import LinearNLL
 from tests.equality import TINY
 from tests.reference_loop import TARGETS
 
 ROWS, TOKENS, LABELS = 3, 40, 12
+BATCH = collate([Example(row, [1] * (TOKENS - LABELS), [1] * LABELS) for row in range(ROWS)], "padded", 0)
 
 
 def adapted(device: str, dtype: torch.dtype) -> Any:
@@ -56,9 +59,9 @@ def test_saved_is_what_autograd_saves(how: str, dtype: torch.dtype) -> None:
         mask[0, -5:] = 0  # or PyTorch would take the way without a mask
         ids = torch.ones(ROWS, TOKENS, dtype=torch.long)
         hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        logits = base.lm_head(hidden.flatten(0, 1)[: ROWS * LABELS]).float()
-        loss = cross_entropy(logits, torch.zeros(ROWS * LABELS, dtype=torch.long), reduction="sum")
-    planned = measure_step(adapted("meta", dtype), ROWS, TOKENS, ROWS * LABELS, how)
+        labels = torch.zeros(ROWS * LABELS, dtype=torch.long)
+        loss = LinearNLL.apply(hidden.flatten(0, 1)[: ROWS * LABELS], base.lm_head.weight, None, labels)  # type: ignore
+    planned = measure_step(adapted("meta", dtype), BATCH, how)
     assert planned.saved == pytest.approx(saved[0], rel=0.05)
     assert planned.peak > planned.saved
     assert loss.isfinite()
@@ -69,13 +72,13 @@ def test_recomputing_keeps_one_input_a_layer() -> None:
     deep, shallow = (adapted("meta", torch.bfloat16) for _ in range(2))
     layers = shallow.get_base_model().model.layers
     del layers[2:]
-    kept = [measure_step(model, ROWS, TOKENS, LABELS, "non_reentrant").saved for model in (deep, shallow)]
+    kept = [measure_step(model, BATCH, "non_reentrant").saved for model in (deep, shallow)]
     assert kept[0] - kept[1] == 2 * ROWS * TOKENS * 128 * 2
 
 
 def test_events_are_the_modules_in_order() -> None:
     """Each module begins and ends in the forward pass, and in the backward pass in the opposite order."""
-    planned = measure_step(adapted("meta", torch.bfloat16), ROWS, TOKENS, LABELS, "none")
+    planned = measure_step(adapted("meta", torch.bfloat16), BATCH, "none")
     layers = [event.module for event in planned.events if event.kind == "fetch" and event.module.endswith("mlp")]
     names = [f"base_model.model.model.layers.{i}.mlp" for i in range(4)]
     assert layers == names + names[::-1]

@@ -1,8 +1,8 @@
 import pytest
-import torch
 
-from data.batch import IGNORE_INDEX, Window, collate, epoch_order, num_windows, windows
+from data.batch import Window, epoch_order, num_windows, windows
 from data.chat import Example
+from data.layout import IGNORE_INDEX, Layout
 
 
 def make(count: int) -> list[Example]:
@@ -10,23 +10,28 @@ def make(count: int) -> list[Example]:
     return [Example(i + 1, [1000 + i] * (2 + i % 5), [2000 + i] * (1 + i % 7)) for i in range(count)]
 
 
-def all_ranks(count: int, micro: int, accum: int, processes: int, order: list[int] | None = None) -> list[list[Window]]:
+def all_ranks(
+    count: int, micro: int, accum: int, processes: int, order: list[int] | None = None, layout: Layout = "padded"
+) -> list[list[Window]]:
     """[rank][window]"""
     chosen = list(range(count)) if order is None else order
-    return [list(windows(make(count), chosen, micro, accum, processes, rank, 0)) for rank in range(processes)]
+    return [list(windows(make(count), chosen, micro, accum, processes, rank, layout, 0)) for rank in range(processes)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 33, 64])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
 @pytest.mark.parametrize(("micro", "accum", "processes"), [(1, 1, 1), (4, 1, 2), (2, 4, 2), (3, 2, 3), (16, 4, 2)])
-def test_every_row_once_and_every_rank_as_often(count: int, micro: int, accum: int, processes: int) -> None:
-    ranks = all_ranks(count, micro, accum, processes, epoch_order(count, 42, 3))
+def test_every_row_once_and_every_rank_as_often(
+    count: int, micro: int, accum: int, processes: int, layout: Layout
+) -> None:
+    ranks = all_ranks(count, micro, accum, processes, epoch_order(count, 42, 3), layout)
     assert {len(share) for share in ranks} == {num_windows(count, micro * accum * processes)}
     seen: list[int] = []
     for parts in zip(*ranks, strict=True):
         rows = [row for window in parts for batch in window.micro_batches for row in batch.rows]
         seen += rows
         assert all(len(window.micro_batches) == accum for window in parts)
-        assert all(batch.input_ids.shape[0] <= micro for window in parts for batch in window.micro_batches)
+        assert all(len(batch.own) <= micro for window in parts for batch in window.micro_batches)
         labels = sum(int((b.labels != IGNORE_INDEX).sum()) for window in parts for b in window.micro_batches)
         examples = [make(count)[row - 1] for row in rows]
         assert {window.num_label_tokens for window in parts} == {labels}
@@ -56,15 +61,6 @@ def test_a_stand_in_weighs_nothing() -> None:
     empty = [batch for share in ranks for batch in share[0].micro_batches if not batch.rows]
     assert (len(filled), len(empty)) == (1, 3)
     assert all((batch.labels == IGNORE_INDEX).all() and batch.input_ids.numel() > 0 for batch in empty)
-
-
-def test_collate_by_hand() -> None:
-    batch = collate([Example(1, [5, 6], [7, 8]), Example(2, [9], [3])], pad_token_id=0)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 3, 0, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch.labels.tolist() == [[-100, -100, 7, 8], [-100, 3, -100, -100]]
-    assert batch.rows == [1, 2]
-    assert batch.input_ids.dtype == torch.int64
 
 
 def test_order_is_a_permutation_of_its_own_each_epoch() -> None:

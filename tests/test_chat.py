@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 from transformers import AddedToken, AutoTokenizer
 
-from data.batch import IGNORE_INDEX, collate
 from data.chat import encode_row, encode_rows
 from data.errors import UserError
+from data.layout import IGNORE_INDEX, collate
 from data.rows import Row
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_base"
@@ -53,10 +53,11 @@ def test_no_system_prompt(tokenizer: Any) -> None:
 def test_batch_decoded(tokenizer: Any) -> None:
     """What attention sees is each row and nothing else; labels are the answers and nothing else."""
     examples = encode_rows(ROWS, Path("x"), SYSTEM, 60, tokenizer)
-    batch = collate(examples, tokenizer.pad_token_id)
+    batch = collate(examples, "padded", tokenizer.pad_token_id)
     longest = max(len(example.prompt_ids + example.answer_ids) for example in examples)
     assert batch.input_ids.shape == (3, longest), "padded to the longest row, not to max_length"
     for i, example in enumerate(examples):
+        assert batch.attention_mask is not None
         seen = batch.attention_mask[i].bool()
         assert batch.input_ids[i][seen].tolist() == example.prompt_ids + example.answer_ids
         assert set(batch.input_ids[i][~seen].tolist()) <= {tokenizer.pad_token_id}

@@ -7,19 +7,28 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from data.batch import MicroBatch
-from loop.flops import Batch, MatrixProducts, count, matrix_products
+from data.chat import Example
+from data.layout import collate, stand_in
+from loop.flops import Batch, MatrixProducts, count, count_computed, matrix_products
 from tests.equality import TINY
 from tests.reference_loop import TARGETS
 
+ROWS = [Example(1, [1, 2, 3], [4, 5]), Example(2, [1, 2, 9, 9], [5]), Example(3, [1, 2, 9], [7, 7, 7])]
+
 
 def test_counts_real_tokens_only() -> None:
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-    labels = torch.tensor([[-100, 5, 6, -100], [-100, -100, -100, 7]])
-    micro_batch = MicroBatch(torch.zeros(2, 4, dtype=torch.long), mask, labels, rows=[1, 2])
-    assert count(micro_batch) == Batch(rows=2, tokens=7, label_tokens=3, squared=9 + 16)
-    stand_in = MicroBatch(micro_batch.input_ids[:1], mask[:1], torch.full((1, 4), -100), rows=[])
-    assert count(stand_in) == Batch()
+    for layout in ("padded", "packed"):
+        assert count(collate(ROWS, layout, 0)) == Batch(3, tokens=16, label_tokens=6, squared=25 + 25 + 36)
+    # two tokens are shared; the rows have 3, 3 and 4 of their own, which see both
+    shared = Batch(3, tokens=12, label_tokens=6, squared=4 + 3 * 5 + 3 * 5 + 4 * 6)
+    assert count(collate(ROWS, "shared_prefix", 0)) == shared
+    assert count(stand_in(ROWS[0], "padded", 0)) == Batch()
+
+
+def test_counts_what_is_computed() -> None:
+    assert count_computed(collate(ROWS, "padded", 0)) == Batch(3, tokens=18, label_tokens=6, squared=3 * 36)
+    assert count_computed(collate(ROWS, "packed", 0)) == Batch(3, tokens=16, label_tokens=6, squared=3 * 36)
+    assert count_computed(collate(ROWS, "shared_prefix", 0)) == Batch(3, 12, label_tokens=6, squared=4 + 3 * 4 * 6)
 
 
 @pytest.mark.parametrize("recomputes", [False, True])

@@ -26,7 +26,7 @@ def test_14b_is_the_reference_number_for_number() -> None:
     assert list(recipe.lora.target_modules) == attention + mlp
     assert (recipe.epochs, recipe.seed, recipe.micro_batch_size, recipe.grad_accum_steps) == (1, 42, 16, 1)
     assert (recipe.optim.lr, recipe.optim.warmup_ratio, recipe.optim.weight_decay) == (1e-4, 0.03, 0.1)
-    assert recipe.gradient_checkpointing != "none"
+    assert recipe.gradient_checkpointing == "auto"
     assert (recipe.log_every, recipe.eval_every, recipe.save_total_limit) == (5, 0, 3)
     assert recipe.data.max_length == 51
 

@@ -14,15 +14,16 @@ from tests.distributed.launching import Run
 from tests.equality import STAGES, Cell, compare, history, reference, run_cell, tolerance, write_task
 
 # The last window has five rows: with two processes and accumulation 4, three of its eight places have no row.
-EVERY_STAGE = [Cell(stage, 2, 4, "non_reentrant") for stage in STAGES]
+EVERY_STAGE = [Cell(stage, 2, 4, "non_reentrant", layout="shared_prefix") for stage in STAGES]
 OTHER_WAYS = [
-    Cell("zero3", 1, 1, "none"),
+    Cell("zero3", 1, 1, "none", layout="packed"),
     Cell("zero3", 1, 4, "reentrant"),
-    Cell("zero3", 2, 1, "reentrant"),
+    Cell("zero3", 2, 1, "reentrant", layout="shared_prefix"),
+    Cell("zero2", 2, 2, "none", layout="packed"),
     Cell("zero0", 1, 8, "none"),
     Cell("zero0", 2, 1, "none"),
     Cell("zero0", 2, 4, "non_reentrant", "bf16"),
-    Cell("zero3", 2, 4, "non_reentrant", "bf16"),
+    Cell("zero3", 2, 4, "non_reentrant", "bf16", layout="shared_prefix"),
 ]
 
 
@@ -80,7 +81,13 @@ def test_rows_that_nothing_divides(count: int, tmp_path: Path) -> None:
     task = write_task(tmp_path, count)
     rows = str(task / "rows.jsonl")
     run = run_cell(
-        Cell("zero3", 2, 4, "none"), task, tmp_path / "run", "--data.validation_file", rows, "--eval_every", "1"
+        Cell("zero3", 2, 4, "none", layout="auto"),
+        task,
+        tmp_path / "run",
+        "--data.validation_file",
+        rows,
+        "--eval_every",
+        "1",
     )
     judge = reference(task, "no")
     assert run.code == 0, run.output

@@ -1,0 +1,176 @@
+"""Rows -> the tensors of one micro-batch, in one of three layouts, which give the same losses and gradients.
+
+padded         B rows, each filled up on the right to the longest.
+packed         all rows behind one another in a single one, without padding; no row sees another.
+shared_prefix  as packed, but the tokens with which all rows begin stand there once, and each row sees them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from data.chat import Example
+
+IGNORE_INDEX = -100
+Layout = Literal["padded", "packed", "shared_prefix"]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Which tokens of a row of T tokens belong together, for attention (loop/attention.py) to keep the others away.
+
+    The first `prefix` tokens are every row's. Rows of about the same length are a group [R, L] of their tokens' places,
+    a shorter row's filled up with its last one. `back` [T] finds each token in the prefix and the groups laid out.
+    """
+
+    prefix: int
+    groups: list[Tensor]
+    back: Tensor
+
+    def to(self, device: torch.device) -> "Apart":
+        return Apart(self.prefix, [group.to(device) for group in self.groups], self.back.to(device))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B rows of T tokens; one row where `apart` is given.
+
+    labels holds the token ids of the answers, each in its token's own place, and IGNORE_INDEX elsewhere.
+    """
+
+    input_ids: Tensor  # [B, T]
+    position_ids: Tensor | None  # [B, T], from 0 in each example; None where that is each token's place in its row
+    labels: Tensor  # [B, T]
+    predicts: Tensor  # [N], of the tokens that stand before a label, their places in the batch laid out flat
+    label_ids: Tensor  # [N]
+    attention_mask: Tensor | None  # [B, T], 0 on padding; None where there is none
+    apart: Apart | None
+    rows: list[int]  # row numbers in the data file; none in a stand-in
+    prefix: int  # tokens that all examples share, and which are there once
+    own: list[int]  # tokens of each example beyond these
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The model's keyword arguments."""
+        every = {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask,
+            "apart": self.apart,
+        }
+        return {name: value for name, value in every.items() if value is not None}
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.inputs.items()}
+        moved |= {name: getattr(self, name).to(device) for name in ("labels", "predicts", "label_ids")}
+        return replace(self, **moved)
+
+
+def collate(examples: Sequence[Example], layout: Layout, pad_token_id: int) -> MicroBatch:
+    """One MicroBatch of the given examples."""
+    if layout == "padded":
+        return _padded(examples, pad_token_id)
+    return _in_one_row(examples, shared_prefix(examples) if layout == "shared_prefix" else 0)
+
+
+def stand_in(example: Example, layout: Layout, pad_token_id: int) -> MicroBatch:
+    """A micro-batch whose loss and gradient are exactly zero: one example without a label."""
+    batch = collate([example], layout, pad_token_id)
+    labels = torch.full_like(batch.labels, IGNORE_INDEX)
+    return replace(batch, labels=labels, predicts=batch.predicts[:0], label_ids=batch.label_ids[:0], rows=[])
+
+
+def shared_prefix(examples: Sequence[Example]) -> int:
+    """Tokens with which all prompts begin. Each keeps its last token: it predicts the answer's first, which is its own.
+
+    0 for one example, which shares nothing with anybody.
+    """
+    if len(examples) == 1:
+        return 0
+    prompts = [example.prompt_ids for example in examples]
+    first, last = min(prompts), max(prompts)  # what these two begin with, all between them in this order begin with too
+    shortest = min(map(len, prompts)) - 1
+    return next((i for i in range(shortest) if first[i] != last[i]), shortest)
+
+
+def _padded(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
+    own = [len(example.prompt_ids) + len(example.answer_ids) for example in examples]
+    shape = (len(examples), max(own))
+    input_ids = torch.full(shape, pad_token_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX)
+    for i, (example, length) in enumerate(zip(examples, own, strict=True)):
+        input_ids[i, :length] = torch.tensor(example.prompt_ids + example.answer_ids)
+        attention_mask[i, :length] = 1
+        labels[i, len(example.prompt_ids) : length] = torch.tensor(example.answer_ids)
+    return MicroBatch(
+        input_ids=input_ids,
+        position_ids=None,
+        labels=labels,
+        **_predictions(labels),
+        attention_mask=attention_mask,
+        apart=None,
+        rows=[example.row for example in examples],
+        prefix=0,
+        own=own,
+    )
+
+
+def _in_one_row(examples: Sequence[Example], prefix: int) -> MicroBatch:
+    ids, positions = examples[0].prompt_ids[:prefix], list(range(prefix))
+    labels = [IGNORE_INDEX] * prefix
+    own = []
+    for example in examples:
+        prompt = example.prompt_ids[prefix:]
+        ids = ids + prompt + example.answer_ids
+        labels += [IGNORE_INDEX] * len(prompt) + example.answer_ids
+        own.append(len(prompt) + len(example.answer_ids))
+        positions += range(prefix, prefix + own[-1])
+    in_one_row = torch.tensor([labels])
+    return MicroBatch(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        labels=in_one_row,
+        **_predictions(in_one_row),
+        attention_mask=None,
+        apart=_apart(prefix, own) if len(examples) > 1 else None,
+        rows=[example.row for example in examples],
+        prefix=prefix,
+        own=own,
+    )
+
+
+def _apart(prefix: int, own: Sequence[int]) -> Apart:
+    starts = torch.tensor([prefix, *own[:-1]]).cumsum(0)
+    lengths = torch.tensor(own)
+    back = torch.arange(prefix + sum(own))
+    groups, laid_out = [], prefix
+    for members in _of_similar_length(own):
+        longest = int(lengths[members].max())
+        within = torch.arange(longest).minimum(lengths[members, None] - 1)  # [R, L]
+        groups.append(starts[members, None] + within)
+        for i, member in enumerate(members):
+            start = int(starts[member])
+            back[start : start + own[member]] = torch.arange(own[member]) + laid_out + i * longest
+        laid_out += len(members) * longest
+    return Apart(prefix, groups, back)
+
+
+def _of_similar_length(own: Sequence[int]) -> list[list[int]]:
+    """Indices in groups, in which the longest is at most a quarter and eight tokens longer than the shortest."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(own)), key=lambda i: own[i]):
+        if groups and own[i] <= 1.25 * own[groups[-1][0]] + 8:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [sorted(group) for group in groups]
+
+
+def _predictions(labels: Tensor) -> dict[str, Tensor]:
+    """No row begins with a label, so the token before it is of the same row."""
+    places = (labels.flatten() != IGNORE_INDEX).nonzero().flatten()
+    return {"predicts": places - 1, "label_ids": labels.flatten()[places]}

@@ -1,0 +1,82 @@
+"""batching: which layout the micro-batches have, chosen by the tokens that each would compute."""
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from data.batch import deal, epoch_order
+from data.chat import Example
+from data.errors import UserError
+from data.layout import Layout, shared_prefix
+from loop.head import has_plain_head
+from loop.recipe import Recipe
+
+COUNTED = 1000  # steps of the first epoch that are looked at
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of the same rows: as each of them has them, and how they are computed."""
+
+    real: int
+    padding: int
+    shared: int  # left out, because another row of the micro-batch has computed them
+
+    @property
+    def computed(self) -> int:
+        return self.real + self.padding - self.shared
+
+
+def choose_layout(recipe: Recipe, examples: list[Example], base: Any, num_processes: int) -> tuple[Layout, str]:
+    """The recipe's, or for auto that with the fewest tokens to compute of those that the model `base` can do; and why.
+
+    Raises UserError when the recipe wants one that it cannot do.
+    """
+    said = recipe.batching
+    problem = why_not_in_one_row(recipe, examples, base)
+    if said in ("packed", "shared_prefix") and problem:
+        raise UserError(f"batching: {said} does not work here, because {problem}. Use padded, or auto.")
+    rows_per_step = recipe.micro_batch_size * recipe.grad_accum_steps * num_processes
+    order = epoch_order(len(examples), recipe.seed, 0)[: COUNTED * rows_per_step]
+    counts = {layout: count_tokens(recipe, examples, order, num_processes, layout) for layout in LAYOUTS}
+    possible = LAYOUTS[:1] if problem else LAYOUTS
+    layout = min(possible, key=lambda name: counts[name].computed) if said == "auto" else said
+    found = counts[layout]
+    steps = "" if len(order) == len(examples) else f" in the first {COUNTED:,} steps"
+    less = 1 - found.computed / counts["padded"].computed
+    why = f"{layout}{' (auto)' if said == 'auto' else ''}: {found.computed:,} tokens to compute{steps}"
+    why += f" ({found.real:,} real + {found.padding:,} padding - {found.shared:,} shared), {less:.0%} less than padded"
+    return layout, why + (f"; {problem}" if problem and said == "auto" else "")
+
+
+def count_tokens(
+    recipe: Recipe, examples: list[Example], order: list[int], num_processes: int, layout: Layout
+) -> Tokens:
+    real = padding = shared = 0
+    micro_batches = recipe.grad_accum_steps * num_processes
+    for dealt in deal(examples, order, recipe.micro_batch_size, micro_batches, layout):
+        for rows in filter(None, dealt):
+            lengths = [len(example.prompt_ids) + len(example.answer_ids) for example in rows]
+            real += sum(lengths)
+            if layout == "padded":
+                padding += len(rows) * max(lengths) - sum(lengths)
+            elif layout == "shared_prefix":
+                shared += (len(rows) - 1) * shared_prefix(rows)
+    return Tokens(real, padding, shared)
+
+
+def why_not_in_one_row(recipe: Recipe, examples: list[Example], base: Any) -> str | None:
+    """What keeps rows of this model from standing behind one another in one; None where they may."""
+    config = base.config.get_text_config()
+    if recipe.model.attn_implementation != "sdpa":
+        return f"model.attn_implementation is {recipe.model.attn_implementation}, and only sdpa keeps rows apart"
+    if not base._can_set_attn_implementation() or not has_plain_head(base):
+        return f"{type(base).__name__} does not let its attention be replaced"
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])  # not said: those that look back least
+    if kinds - {"full_attention", "sliding_attention"} or base._is_stateful:
+        return f"{type(base).__name__} has layers that carry a state from row to row"
+    window = getattr(config, "sliding_window", None)
+    longest = max(len(example.prompt_ids) + len(example.answer_ids) for example in examples)
+    if window and longest > window and kinds != {"full_attention"}:
+        return f"its attention looks {window} tokens back, and the longest row has {longest}"
+    return None
