@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from data.layout import MicroBatch
 from loop.build import set_checkpointing
 from loop.head import logits_at_once, put_loss_inside
+from loop.lora import fuse_lora
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def measure_step(model: Any, micro_batch: MicroBatch, checkpointing: str) -> Act
     base = model.get_base_model()
     base.config.use_cache = False
     set_checkpointing(base, checkpointing)
+    fuse_lora(model)
     put_loss_inside(model)
     model.train()
     hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in model.parameters() if p.requires_grad]

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from data.layout import Apart
 
 BY_ROW = "sdpa_by_row"  # what transformers calls it in a model's configuration
+SHORT = 256  # tokens of a row
 
 
 def attention_by_row(
@@ -31,7 +32,7 @@ def attention_by_row(
     n = apart.prefix
     parts = []
     if n:
-        prefix = sdpa_attention_forward(module, query[:, :, :n], key[:, :, :n], value[:, :, :n], None, **kwargs)[0]
+        prefix = _attend(module, query[:, :, :n], key[:, :, :n], value[:, :, :n], None, **kwargs)
         parts.append(prefix[0])
     for places in apart.groups:
         rows, length = places.shape
@@ -43,8 +44,22 @@ def attention_by_row(
                 for whole, own in ((key, own_key), (value, own_value))
             )
             mask = torch.ones(length, n + length, dtype=torch.bool, device=query.device).tril(n)[None, None]
-        parts.append(sdpa_attention_forward(module, own_query, own_key, own_value, mask, **kwargs)[0].flatten(0, 1))
+        parts.append(_attend(module, own_query, own_key, own_value, mask, **kwargs).flatten(0, 1))
     return torch.cat(parts).index_select(0, apart.back)[None], None
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Tensor:
+    """transformers' SDPA; on a CPU in bf16 written out for short rows, where the fused kernel's backward is slow."""
+    if not query.is_cpu or query.dtype != torch.bfloat16 or key.shape[2] > SHORT or kwargs.get("dropout"):
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    heads = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, heads), repeat_kv(value, heads)
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    scores = torch.matmul(query * kwargs["scaling"], key.transpose(2, 3)).masked_fill(~mask, -torch.inf)
+    return torch.matmul(scores.softmax(-1), value).transpose(1, 2)
 
 
 def _rows(tensor: Tensor, places: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from data.rows import read_rows
 from loop.attention import BY_ROW
 from loop.engine import mixed_precision
 from loop.head import put_loss_inside
+from loop.lora import fuse_lora
 from loop.phases import measured
 from loop.recipe import Recipe, find_model, find_path
 
@@ -156,6 +157,7 @@ def build_model(recipe: Recipe, layout: Layout, checkpointing: str, accelerator:
     under_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     model = get_peft_model(base, _lora_config(recipe), autocast_adapter_dtype=not under_deepspeed)
     assert isinstance(model, PeftModel)
+    fuse_lora(model)
     put_loss_inside(model)
     return model
 

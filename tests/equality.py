@@ -1,8 +1,9 @@
 """The equality matrix: `python -m tests.equality` (half an hour) writes its section of docs/guarantees.md.
 
 Six accel configurations x {1, 2} processes x accumulation {1, 4} x gradient checkpointing {off, on} with padded
-rows, and on two processes with the other layouts of a micro-batch, 20 updates on 157 rows of unequal lengths, each launched as a user does, against tests/reference_loop.py. In fp32 every cell has to agree
-within 1e-5; in bf16 within three times what computing in bf16 costs (bf16_tolerance).
+rows, and the other layouts of a micro-batch on two processes: 20 updates on 157 rows of unequal lengths, each
+launched as a user does, against tests/reference_loop.py. In fp32 every cell has to agree within 1e-5; in bf16 within
+three times what computing in bf16 costs (bf16_tolerance).
 """
 
 import argparse

@@ -14,6 +14,7 @@ from data.layout import IGNORE_INDEX, Layout, collate, shared_prefix, stand_in
 from loop.attention import BY_ROW
 from loop.build import add_adapters, set_checkpointing
 from loop.head import put_loss_inside
+from loop.lora import fuse_lora
 from loop.recipe import parse_recipe
 from loop.step import summed_nll
 from tests.equality import TINY
@@ -46,6 +47,7 @@ def adapted(layout: Layout, checkpointing: str = "none") -> Any:
     if layout != "padded":
         base.set_attn_implementation(BY_ROW)
     set_checkpointing(base, checkpointing)
+    fuse_lora(model)
     put_loss_inside(model)
     return model.train()
 

@@ -1,0 +1,101 @@
+"""Contenders that take turns on one machine: each lives in a process of its own and works only when it is its turn.
+
+So whatever else the machine does falls on all of them alike, and figures of one call can be compared.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+ADDRESS = "PLAINLOOP_TURNS"  # environment variable: where a contender finds the one who calls the turns
+START = 600.0  # seconds in which a contender has to be ready
+
+
+@dataclass
+class Measured:
+    """Of one contender, the first turn left out."""
+
+    seconds: list[float] = field(default_factory=list)  # of each turn
+    notes: dict[str, Any] = field(default_factory=dict)  # the last turn's
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+class Turns:
+    """A contender's side."""
+
+    def __init__(self, steps: int) -> None:
+        self.connection = Client(os.environ[ADDRESS], family="AF_UNIX")
+        self.steps, self.left, self.begun = steps, 0, 0.0
+
+    def before_step(self) -> None:
+        """Waits for its turn before the first step of one; ends the process after the last."""
+        if self.left == 0:
+            if self.connection.recv() == "stop":
+                sys.stdout.flush()
+                os._exit(0)
+            self.begun, self.left = time.perf_counter(), self.steps
+
+    def after_step(self, **notes: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.connection.send((time.perf_counter() - self.begun, notes))
+
+
+def take_turns(commands: Mapping[str, Sequence[str]], rounds: int, threads: int) -> dict[str, Measured]:
+    """Seconds of each contender's turns, `rounds` of them and one before that does not count."""
+    measured = {name: Measured() for name in commands}
+    with tempfile.TemporaryDirectory() as folder:
+        connections: dict[str, Connection] = {}
+        processes = []
+        try:
+            for number, (name, command) in enumerate(commands.items()):
+                address = f"{folder}/{number}"
+                with Listener(address, family="AF_UNIX") as listener:
+                    environment = {**os.environ, ADDRESS: address, "OMP_NUM_THREADS": str(threads)}
+                    log = Path(folder, f"{number}.log")
+                    with log.open("w") as out:
+                        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+                    processes.append(process)
+                    connections[name] = _accept(listener, process, name, log)
+            for turn in range(rounds + 1):
+                for name, connection in connections.items():
+                    connection.send("go")
+                    seconds, measured[name].notes = connection.recv()
+                    if turn:
+                        measured[name].seconds.append(seconds)
+                    print(f"{turn}/{rounds} {name}: {seconds:.2f} s", file=sys.stderr, flush=True)
+            for connection in connections.values():
+                connection.send("stop")
+        finally:
+            for process in processes:
+                process.terminate()
+                process.wait()
+    return measured
+
+
+def _accept(listener: Listener, process: subprocess.Popen[bytes], name: str, log: Path) -> Connection:
+    listener._listener._socket.settimeout(1.0)  # type: ignore[attr-defined]
+    begun = time.monotonic()
+    while time.monotonic() - begun < START:
+        try:
+            return listener.accept()
+        except TimeoutError:
+            if process.poll() is not None:
+                break
+    raise SystemExit(f"{name} did not start:\n{log.read_text()[-4000:]}")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range, as "16.2 (15.9 to 16.4)"."""
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
