@@ -15,6 +15,8 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
+from loop.recipe import ROOT
+
 ADDRESS = "PLAINLOOP_TURNS"  # environment variable: where a contender finds the one who calls the turns
 START = 600.0  # seconds in which a contender has to be ready
 
@@ -65,7 +67,7 @@ def take_turns(commands: Mapping[str, Sequence[str]], rounds: int, threads: int)
                     environment = {**os.environ, ADDRESS: address, "OMP_NUM_THREADS": str(threads)}
                     log = Path(folder, f"{number}.log")
                     with log.open("w") as out:
-                        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+                        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
                     processes.append(process)
                     connections[name] = _accept(listener, process, name, log)
             for turn in range(rounds + 1):

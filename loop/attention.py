@@ -48,9 +48,7 @@ def attention_by_row(
     return torch.cat(parts).index_select(0, apart.back)[None], None
 
 
-def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-) -> Tensor:
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
     """transformers' SDPA; on a CPU in bf16 written out for short rows, where the fused kernel's backward is slow."""
     if not query.is_cpu or query.dtype != torch.bfloat16 or key.shape[2] > SHORT or kwargs.get("dropout"):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]

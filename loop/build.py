@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.chat import Example, encode_rows
 from data.errors import UserError
@@ -168,6 +169,9 @@ def set_checkpointing(base: Any, kind: str) -> None:
     base.disable_input_require_grads()
     if kind != "none":
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
+    if kind != "none":
+        layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers[-1].gradient_checkpointing = False  # its backward pass is the first: what it kept would be gone at once
     if kind == "reentrant":  # it computes gradients only for segments one of whose inputs wants one
         base.enable_input_require_grads()
 

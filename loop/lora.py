@@ -1,7 +1,8 @@
 """LoRA's computation in fewer passes over memory than PEFT's: y + scale * B A dropout(x).
 
-Scaling and adding happen within B's matrix product. On a CPU, where a random number for every element costs more than the
-matrix products, dropout draws the places that it drops, and the backward pass keeps those instead of what was left.
+The few numbers of the inner dimension are scaled, not the many of the output. Of dropout the backward pass keeps what
+was dropped, not another copy of x; and on a CPU, where a random number for every element costs more than the matrix
+products, the places of what is dropped are drawn.
 """
 
 import math
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import linear
 
 ADAPTER = "default"  # PEFT's name of the only one
+SPARE = 8.0  # standard deviations of places drawn beyond those expected
 
 
 def fuse_lora(model: nn.Module) -> None:
@@ -21,8 +23,9 @@ def fuse_lora(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and _is_plain(layer):
             # Each stays a module that is called, because ZeRO-3 gathers a module's weights when it is.
-            a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-            a.forward, b.forward, layer.forward = partial(_down, a), partial(_up, b), partial(_adapted, layer)
+            a: Any = layer.lora_A[ADAPTER]
+            a.forward = partial(_down, a)
+            layer.forward = partial(_adapted, layer)  # type: ignore[method-assign]
 
 
 def _is_plain(layer: LoraLayer) -> bool:
@@ -36,40 +39,39 @@ def _is_plain(layer: LoraLayer) -> bool:
 
 def _adapted(layer: Any, x: Tensor) -> Tensor:
     """[…, d_in] -> […, d_out]"""
-    y = layer.base_layer(x)
     p = getattr(layer.lora_dropout[ADAPTER], "p", 0.0) if layer.training else 0.0
     down = layer.lora_A[ADAPTER](x, p)  # […, rank], not yet divided by 1 - p
-    up: Tensor = layer.lora_B[ADAPTER](down, y, layer.scaling[ADAPTER] / (1 - p))
-    return up
+    up = layer.lora_B[ADAPTER](down * (layer.scaling[ADAPTER] / (1 - p)))
+    # Last, because recomputation stops where it has all that the backward pass needs, which is not this product.
+    y: Tensor = layer.base_layer(x) + up
+    return y
 
 
 def _down(a: nn.Linear, x: Tensor, p: float) -> Tensor:
     weight = a.weight.to(x.dtype)  # fp32 without DeepSpeed, where autocast computes in bf16
     if p == 0:
         return linear(x, weight)
-    if x.is_cpu:
-        down: Tensor = _DropAndDown.apply(x, weight, dropped_places(x.numel(), p))  # type: ignore[no-untyped-call]
-        return down
-    return linear(dropout(x, p), weight) * (1 - p)
+    down: Tensor = _DropAndDown.apply(x, weight, draw_dropped(x, p))  # type: ignore[no-untyped-call]
+    return down
 
 
-def _up(b: nn.Linear, down: Tensor, y: Tensor, scale: float) -> Tensor:
-    weight = b.weight.to(y.dtype)
-    return torch.addmm(y.flatten(0, -2), down.flatten(0, -2), weight.T, alpha=scale).view_as(y)
+def draw_dropped(x: Tensor, p: float) -> Tensor:
+    """Which elements are dropped, each with probability p by itself: their places, or on a GPU a mask."""
+    return dropped_places(x.numel(), p) if x.is_cpu else torch.empty_like(x, dtype=torch.bool).bernoulli_(p)
 
 
 def dropped_places(count: int, p: float) -> Tensor:
-    """Places of `count` elements, each of them chosen with probability p by itself: gaps between them are geometric."""
+    """Places among `count`: the gaps between them have a geometric distribution."""
     expected = count * p
-    enough = int(expected + 8 * math.sqrt(expected) + 16)
+    enough = max(1, int(expected + SPARE * (math.sqrt(expected) + 2)))
     places = torch.empty(enough, dtype=torch.int64).geometric_(p).cumsum(0) - 1
-    while places[-1] < count:  # one time in 10^15
+    while places[-1] < count:  # hardly ever
         places = torch.cat([places, places[-1] + torch.empty(enough, dtype=torch.int64).geometric_(p).cumsum(0)])
     return places[: int(torch.searchsorted(places, count))]
 
 
 class _DropAndDown(torch.autograd.Function):
-    """x […, d_in] without what stands at `dropped`, times weight [rank, d_in] transposed."""
+    """x […, d_in] without what is `dropped`, times weight [rank, d_in] transposed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dropped: Tensor) -> Tensor:
@@ -80,13 +82,12 @@ class _DropAndDown(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, weight, dropped = ctx.saved_tensors
         gradient = gradients[0]
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = gradient @ weight
-            of_x.view(-1).index_fill_(0, dropped, 0)
+        of_x = _without(gradient @ weight, dropped) if ctx.needs_input_grad[0] else None
         of_weight = gradient.flatten(0, -2).T @ _without(x, dropped).flatten(0, -2)
         return of_x, of_weight, None
 
 
 def _without(x: Tensor, dropped: Tensor) -> Tensor:
+    if dropped.dtype == torch.bool:
+        return x.masked_fill(dropped, 0)
     return x.reshape(-1).index_fill(0, dropped, 0).view_as(x)

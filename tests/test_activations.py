@@ -12,19 +12,24 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from data.chat import Example
 from data.layout import collate
 from loop.activations import measure_step
+from loop.build import set_checkpointing
 from loop.head import LinearNLL
+from loop.lora import fuse_lora
 from tests.equality import TINY
 from tests.reference_loop import TARGETS
 
 ROWS, TOKENS, LABELS = 3, 40, 12
+DROPOUT = 0.0  # whose masks a GPU keeps, and a CPU does not
 BATCH = collate([Example(row, [1] * (TOKENS - LABELS), [1] * LABELS) for row in range(ROWS)], "padded", 0)
 
 
 def adapted(device: str, dtype: torch.dtype) -> Any:
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY), dtype=dtype)
-        config = LoraConfig(r=8, lora_dropout=0.01, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-        return get_peft_model(base, config, autocast_adapter_dtype=False).to(dtype).train()
+        config = LoraConfig(r=8, lora_dropout=DROPOUT, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+        model = get_peft_model(base, config, autocast_adapter_dtype=False).to(dtype).train()
+        fuse_lora(model)
+        return model
 
 
 @contextmanager
@@ -50,10 +55,7 @@ def saved_bytes(model: torch.nn.Module) -> Iterator[list[int]]:
 def test_saved_is_what_autograd_saves(how: str, dtype: torch.dtype) -> None:
     model = adapted("cpu", dtype)
     base = model.get_base_model()
-    if how != "none":
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": how == "reentrant"})
-    if how == "reentrant":
-        base.enable_input_require_grads()
+    set_checkpointing(base, how)
     with saved_bytes(model) as saved:
         mask = torch.ones(ROWS, TOKENS, dtype=torch.long)
         mask[0, -5:] = 0  # or PyTorch would take the way without a mask
@@ -68,7 +70,7 @@ def test_saved_is_what_autograd_saves(how: str, dtype: torch.dtype) -> None:
 
 
 def test_recomputing_keeps_one_input_a_layer() -> None:
-    """What the depth adds is the layers' inputs: rows x tokens x hidden size in bf16 each."""
+    """What the depth adds is the layers' inputs: rows x tokens x hidden size in bf16 each. The last keeps all."""
     deep, shallow = (adapted("meta", torch.bfloat16) for _ in range(2))
     layers = shallow.get_base_model().model.layers
     del layers[2:]

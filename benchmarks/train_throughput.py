@@ -1,0 +1,143 @@
+"""How fast the loop trains, beside what a user would take instead: `python -m benchmarks.train_throughput`
+
+Ours against the reference's way (HF Trainer, rows padded to 51, all logits) and TRL's SFTTrainer, on one process: same
+model, rows, precision, LoRA and rows a step. Needs the extra `bench` (pip install -e '.[bench]').
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train_worker import RECIPE, SOURCE, TARGET
+from benchmarks.turns import Measured, spread, take_turns
+from benchmarks.workload import load_rows, write_compute_bound, write_tiny
+from data.batch import windows
+from data.errors import UserError, exit_codes
+from eval.peak import matmul_peak, usable_cores
+from loop.flops import Batch, count_computed, matrix_products
+from loop.plan import model_without_weights
+from loop.recipe import ROOT, parse_recipe
+
+MICRO = 16
+AGAINST = ("trainer checkpointed", "trainer kept", "trl checkpointed", "trl kept")
+ACCEL = ROOT / "accel_configs" / "one_process.yaml"
+
+
+@dataclass(frozen=True)
+class Contender:
+    kind: str
+    checkpointing: str
+    more: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        kept = {"none": "kept", "non_reentrant": "checkpointed", "auto": "auto"}[self.checkpointing]
+        return " ".join((self.kind, *(word for word in self.more if not word.startswith("--")), kept))
+
+    def command(self, folder: Path, steps: int) -> list[str]:
+        launch = [sys.executable, "-m"]
+        if self.kind == "ours":
+            launch += ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(ACCEL)]
+            launch += ["--main_process_port", "0", "--module"]
+        return [*launch, "benchmarks.train_worker", self.kind, str(folder), str(steps), self.checkpointing, *self.more]
+
+
+def contenders() -> list[Contender]:
+    layouts = ("padded", "packed", "shared_prefix")
+    found = []
+    for checkpointing in ("non_reentrant", "none"):
+        found += [Contender(kind, checkpointing) for kind in ("trainer", "trl")]
+        found += [Contender("ours", checkpointing, ("--batching", layout)) for layout in layouts]
+    return [*found, Contender("trl_packing", "none"), Contender("ours", "auto")]
+
+
+def computed(one: Contender, folder: Path) -> Batch:
+    """Of a step: what is computed, padding and all."""
+    if one.kind == "trainer":
+        tokens = SOURCE + TARGET + 1
+        return Batch(MICRO, MICRO * tokens, MICRO * tokens, MICRO * tokens**2)
+    examples = load_rows(folder)
+    if one.kind != "ours":
+        lengths = [len(e.prompt_ids + e.answer_ids) for e in examples[:MICRO]]
+        return Batch(MICRO, MICRO * max(lengths), MICRO * max(lengths), MICRO * max(lengths) ** 2)
+    layout: Any = one.more[1] if one.more else "shared_prefix"
+    window = next(windows(examples, range(MICRO), MICRO, 1, 1, 0, layout, 0))
+    return count_computed(window.micro_batches[0])
+
+
+def table(found: dict[str, Measured], chosen: Sequence[Contender], folder: Path, steps: int, peak: float) -> list[Any]:
+    recipe = parse_recipe(["--model.name_or_path", str(folder)])[1]
+    products = matrix_products(model_without_weights(recipe, "bf16"))
+    rows = []
+    for one in chosen:
+        measured, batch = found[one.name], computed(one, folder)
+        speeds = [MICRO * steps / seconds for seconds in measured.seconds]
+        flops = products.computed_flops(batch, recomputes=one.checkpointing == "non_reentrant")
+        rows.append(
+            {
+                "contender": one.name,
+                "samples_per_second": speeds,
+                "tokens_per_row": batch.tokens / MICRO,
+                "flops_per_second": flops * steps / measured.median,
+                "share_of_peak": flops * steps / measured.median / peak,
+                "loss": measured.notes["loss"],
+            }
+        )
+    return rows
+
+
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """`rows` of `table`; ratios are those of the single rounds, in which all took their turns: median and range."""
+    speeds = {row["contender"]: row["samples_per_second"] for row in rows}
+    head = ["", "samples/s", *(f"× {other}" for other in AGAINST), "tokens a row", "GFLOP/s", "of peak", "loss"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        own = row["samples_per_second"]
+        ratios = [
+            spread([a / b for a, b in zip(own, speeds[other], strict=True)]) if other in speeds else "–"
+            for other in AGAINST
+        ]
+        cells = [row["contender"], spread(own), *ratios, f"{row['tokens_per_row']:.1f}"]
+        cells += [f"{row['flops_per_second'] / 1e9:.0f}", f"{row['share_of_peak']:.0%}", f"{row['loss']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@exit_codes()
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_throughput", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each that count")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
+    parser.add_argument("--model", choices=("compute_bound", "tiny", "both"), default="both")
+    parser.add_argument("--only", nargs="+", help="names of contenders")
+    parser.add_argument("--out", type=Path, default=Path("train_throughput.json"), help="JSON file that is written")
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("trl") is None:
+        raise UserError("trl is not installed. Run: pip install -e '.[bench]'")
+    results: dict[str, Any] = {}
+    for name, write in (("compute_bound", write_compute_bound), ("tiny", write_tiny)):
+        if args.model not in (name, "both"):
+            continue
+        chosen = [one for one in contenders() if not args.only or one.name in args.only]
+        with tempfile.TemporaryDirectory() as directory:
+            folder = Path(directory) / "model"
+            write(folder)
+            commands = {one.name: one.command(folder, args.steps) for one in chosen}
+            peak = next(iter(matmul_peak().values()))["bf16"]
+            found = take_turns(commands, args.rounds, usable_cores())
+            results[name] = {"peak_flops": peak, "rows": table(found, chosen, folder, args.steps, peak)}
+        print(
+            f"\n{name}: bf16 matrix product {peak / 1e9:.0f} GFLOP/s\n\n{as_markdown(results[name]['rows'])}",
+            flush=True,
+        )
+    args.out.write_text(json.dumps({"recipe": asdict(RECIPE), **results}, indent=2))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,160 @@
+"""One contender: python -m benchmarks.train_worker KIND FOLDER STEPS CHECKPOINTING [--KEY VALUE …]
+
+KIND is ours, trainer, trl or trl_packing; FOLDER a model with rows.json; STEPS those of a turn.
+"""
+
+import importlib
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.turns import Turns
+from benchmarks.workload import load_rows
+from data.chat import Example
+from loop.build import Data
+from loop.recipe import Recipe, parse_recipe
+
+SOURCE, TARGET = 30, 20  # tokens the reference pads prompt and answer to; one more of padding stands behind
+PAD = 0
+RECIPE: Recipe = parse_recipe([])[1]
+
+
+class TakesTurns(TrainerCallback):
+    def __init__(self, turns: Turns) -> None:
+        self.turns, self.loss = turns, float("nan")
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.turns.before_step()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.turns.after_step(loss=self.loss)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+
+
+def ours(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> None:
+    import loop.train
+    from loop.step import train_step
+
+    def step(window: Any, *rest: Any) -> Any:
+        turns.before_step()
+        result = train_step(window, *rest)
+        turns.after_step(loss=float(result.nlls.sum()) / window.num_label_tokens)
+        return result
+
+    def data(*_: Any) -> Data:
+        return Data(load_rows(folder), [], PAD)
+
+    with (
+        patch("loop.train.build_data", data),
+        patch("loop.train.train_step", step),
+        tempfile.TemporaryDirectory() as runs,
+    ):
+        loop.train.main(
+            [
+                *("--model.name_or_path", str(folder), "--gradient_checkpointing", checkpointing, "--epochs", "50"),
+                *("--optim.lr", "1e-4", "--tracker", "null", "--run_dir", f"{runs}/run", "--data.max_length", "9999"),
+                *more,
+            ]
+        )
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(
+        r=RECIPE.lora.rank,
+        lora_alpha=int(RECIPE.lora.alpha),
+        lora_dropout=RECIPE.lora.dropout,
+        target_modules=list(RECIPE.lora.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def arguments(checkpointing: str, out: str) -> dict[str, Any]:
+    """What both trainers are told, as the reference's own run."""
+    return {
+        "output_dir": out,
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 50,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "weight_decay": 0.1,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": checkpointing != "none",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing != "none" else None,
+    }
+
+
+def as_reference(example: Example) -> dict[str, list[int]]:
+    """51 tokens: its padding is in the labels, and its attention mask has a hole."""
+    prompt, answer = SOURCE - len(example.prompt_ids), TARGET - len(example.answer_ids)
+    ids = [*example.prompt_ids, *[PAD] * prompt, *example.answer_ids, *[PAD] * answer, PAD]
+    mask = [1] * len(example.prompt_ids) + [0] * prompt + [1] * len(example.answer_ids) + [0] * answer + [1]
+    return {"input_ids": ids, "attention_mask": mask, "labels": [-100] * SOURCE + ids[SOURCE:]}
+
+
+def stacked(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+
+def trainer(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.enable_input_require_grads()
+    with tempfile.TemporaryDirectory() as out:
+        Trainer(
+            model=get_peft_model(model, lora()),
+            args=TrainingArguments(**arguments(checkpointing, out)),
+            train_dataset=[as_reference(example) for example in load_rows(folder)],
+            data_collator=stacked,
+            callbacks=[TakesTurns(turns)],
+        ).train()
+
+
+def trl(folder: Path, turns: Turns, checkpointing: str, more: list[str], packing: bool = False) -> None:
+    library: Any = importlib.import_module("trl")  # an extra, which not everybody has
+    datasets: Any = importlib.import_module("datasets")
+    rows = [
+        {
+            "input_ids": example.prompt_ids + example.answer_ids,
+            "completion_mask": [0] * len(example.prompt_ids) + [1] * len(example.answer_ids),
+        }
+        for example in load_rows(folder)
+    ]
+    longest = max(len(row["input_ids"]) for row in rows)
+    how: dict[str, Any] = {"packing": packing, "max_length": 16 * longest if packing else longest}
+    if packing:  # as many rows as a micro-batch has, in one
+        how["per_device_train_batch_size"] = 1
+    with tempfile.TemporaryDirectory() as out:
+        library.SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
+            args=library.SFTConfig(**(arguments(checkpointing, out) | how)),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            peft_config=lora(),
+            callbacks=[TakesTurns(turns)],
+        ).train()
+
+
+KINDS = {"ours": ours, "trainer": trainer, "trl": trl, "trl_packing": partial(trl, packing=True)}
+
+
+def main(argv: list[str]) -> None:
+    kind, folder, steps, checkpointing, *more = argv
+    KINDS[kind](Path(folder), Turns(int(steps)), checkpointing, more)  # type: ignore[operator]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

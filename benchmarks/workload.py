@@ -1,0 +1,82 @@
+"""Models and rows to be fast on: a folder with a checkpoint of random weights, and rows.json with token ids."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, set_seed
+
+from data.chat import Example, encode_rows
+from data.rows import read_rows
+from data.sums import SYSTEM_PROMPT
+from loop.recipe import ROOT
+
+TINY = ROOT / "data" / "tiny_base"
+ROWS = 1798  # as the reference has
+SHARED, PROMPT, ANSWER = 20, 10, 19  # tokens of a row, as Qwen2.5's tokenizer cuts the reference's; 18 and an end token
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Qwen2."""
+
+    hidden: int = 768
+    intermediate: int = 2624
+    layers: int = 8
+    heads: int = 12
+    vocab: int = 8192
+
+
+COMPUTE_BOUND = Shape()  # 80 million parameters: matrix products take most of a step on a CPU
+
+
+def write_compute_bound(folder: Path, shape: Shape = COMPUTE_BOUND, tokens: tuple[int, int, int] | None = None) -> None:
+    """`tokens` of a row: shared by all, of its own prompt, of its answer with the end token."""
+    set_seed(0)
+    config = Qwen2Config(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        tie_word_embeddings=False,
+    )
+    transformers.utils.logging.disable_progress_bar()
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    write_rows(folder, made_up_rows(ROWS, shape.vocab, *(tokens or (SHARED, PROMPT, ANSWER))))
+
+
+def made_up_rows(count: int, vocab: int, shared: int, prompt: int, answer: int) -> list[Example]:
+    drawn = random.Random(0)
+
+    def ids(number: int) -> list[int]:
+        return [drawn.randrange(300, vocab) for _ in range(number)]
+
+    system = ids(shared)
+    return [Example(row, system + ids(prompt), ids(answer)) for row in range(1, count + 1)]
+
+
+def write_tiny(folder: Path) -> None:
+    """The embedded model's shape with random weights, and the reference's rows as its tokenizer cuts them."""
+    set_seed(0)
+    transformers.utils.logging.disable_progress_bar()
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY), dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.save_pretrained(folder)
+    path = ROOT / "data" / "math" / "math_train_1798.json"
+    write_rows(folder, encode_rows(read_rows(path), path, SYSTEM_PROMPT, 99, tokenizer))
+
+
+def write_rows(folder: Path, examples: list[Example]) -> None:
+    rows = [{"row": e.row, "prompt": e.prompt_ids, "answer": e.answer_ids} for e in examples]
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def load_rows(folder: Path) -> list[Example]:
+    rows = json.loads((folder / "rows.json").read_text())
+    return [Example(row["row"], row["prompt"], row["answer"]) for row in rows]
