@@ -90,7 +90,11 @@ def shared_prefix(examples: Sequence[Example]) -> int:
     """
     if len(examples) == 1:
         return 0
-    prompts = [example.prompt_ids for example in examples]
+    return common_prefix([example.prompt_ids for example in examples])
+
+
+def common_prefix(prompts: Sequence[list[int]]) -> int:
+    """Tokens with which all of them begin; of each one token at least is left out."""
     first, last = min(prompts), max(prompts)  # what these two begin with, all between them in this order begin with too
     shortest = min(map(len, prompts)) - 1
     return next((i for i in range(shortest) if first[i] != last[i]), shortest)

@@ -1,5 +1,6 @@
 """Batched greedy generation, in a process without DeepSpeed."""
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,18 +12,13 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses its old names
+from eval.greedy import Progress, decode
 
-Progress = Callable[[int], object]  # called with the number of prompts just answered
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses its old names
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """With padding on the left, where a decoder needs it, and a padding token in any case."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(
-        name_or_path, padding_side="left", trust_remote_code=trust_remote_code
-    )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
@@ -30,20 +26,20 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
 def load_model(
     name_or_path: str, adapter: Path | None = None, merge: bool = True, trust_remote_code: bool = False
 ) -> PreTrainedModel | PeftModel:
-    """The model in its checkpoint's own dtype, on the GPU if there is one, with `adapter` on top.
+    """The model in its checkpoint's own dtype, on this process's GPU if there is one, with `adapter` on top.
 
     Merged into the weights the adapter costs nothing a token; unmerged it costs two more
     multiplications in every linear layer.
     """
     transformers.utils.logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(
         name_or_path,
         dtype="auto",
         trust_remote_code=trust_remote_code,
         use_safetensors=True,  # the other format is pickle, which can run code
+        device_map={"": device},  # straight there: no second copy in host memory
     )
-    model = model.to(device)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
         if merge:
@@ -53,12 +49,11 @@ def load_model(
     return model
 
 
-@torch.inference_mode()
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    batch_size: int,
+    batch_size: int | None,
     max_new_tokens: int,
     progress: Progress = lambda answered: None,
 ) -> tuple[list[str], int]:
@@ -66,31 +61,9 @@ def generate(
 
     An answer ends at the end token, which is counted and not shown, or after `max_new_tokens`.
     """
-    answers: list[str] = []
-    num_tokens = 0
-    for start in range(0, len(prompts), batch_size):
-        batch = tokenizer(
-            list(prompts[start : start + batch_size]), padding=True, add_special_tokens=False, return_tensors="pt"
-        ).to(model.device)
-        output = model.generate(
-            **batch,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            # A checkpoint's own generation_config may say otherwise; greedy means none of these.
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,
-        )
-        for ids in output[:, batch["input_ids"].shape[1] :].tolist():
-            if tokenizer.eos_token_id in ids:
-                ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
-            num_tokens += len(ids)
-            answers.append(str(tokenizer.decode(ids, skip_special_tokens=True)))
-        progress(batch["input_ids"].shape[0])
-    return answers, num_tokens
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    answers = decode(model, ids, batch_size, max_new_tokens, int(tokenizer.eos_token_id), progress)
+    return [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers], sum(map(len, answers))
 
 
 class PeakMemory:

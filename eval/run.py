@@ -6,22 +6,26 @@ Prints the reference's table with ours in it; writes eval.json and answers.jsonl
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data.chat import render_prompt, user_text
-from data.errors import UserError, exit_codes
+from data.errors import RunError, UserError, exit_codes
 from data.rows import Row, fail_on_bad_rows, read_rows
 from eval.check import Verdict, check_answer, number_asked
 from eval.findings import PUBLISHED_ANSWERS
 from eval.generate import PeakMemory, generate, load_model, load_tokenizer, timed
+from eval.vllm_backend import ask_vllm, check_vllm
 from loop.build import build_tokenizer, check_model
 from loop.checkpoint import ADAPTER, first_difference
 from loop.recipe import ROOT, find_model, find_path, parse_recipe
@@ -41,8 +45,10 @@ class Question:
     trust_remote_code: bool
     system_prompt: str
     rows: list[Row]
-    batch_size: int
+    batch_size: int | None  # None: what fits
     max_new_tokens: int
+    backend: str = "transformers"
+    verify: int = 0  # rows asked once more, one at a time
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,29 @@ class Score:
     prefix_rate: float  # prefix right, share of all rows
     seconds: float  # generating all answers, loading excluded
     tokens_per_second: float  # generated, end tokens included
-    peak_load_bytes: int  # GPU, or resident memory without one
-    peak_inference_bytes: int  # beyond what is held once the model is loaded
+    peak_load_bytes: int | None  # GPU, or resident memory without one; None where it is not known
+    peak_inference_bytes: int | None  # beyond what is held once the model is loaded
+    verified: int = 0  # answers asked for once more, one at a time
+    different: int = 0  # of these
 
 
-def ask(question: Question) -> tuple[list[str], int, float, int, int]:
-    """Answers, generated tokens, seconds, peak bytes of loading and of generating. Runs in its own process."""
+@dataclass(frozen=True)
+class Asked:
+    """What one process has to say to its share of the rows."""
+
+    answers: list[str]
+    num_tokens: int
+    seconds: float
+    peak_load: int | None
+    peak_inference: int | None
+    different: int = 0  # of the first `verify`, from what they are one at a time
+
+
+def ask(question: Question) -> Asked:
+    """Runs in its own process."""
+    if question.backend == "vllm":
+        answers, num_tokens, seconds = ask_vllm(question)
+        return Asked(answers, num_tokens, seconds, None, None)
     memory = PeakMemory()
     tokenizer = load_tokenizer(question.model, question.trust_remote_code)
     model = load_model(question.model, question.adapter, question.merge, question.trust_remote_code)
@@ -70,43 +93,83 @@ def ask(question: Question) -> tuple[list[str], int, float, int, int]:
                 model, tokenizer, prompts, question.batch_size, question.max_new_tokens, progress=bar.update
             )
         )
-    return answers, num_tokens, seconds, peak_load, memory.peak() - held
+    peak = memory.peak() - held
+    alone = [generate(model, tokenizer, [p], 1, question.max_new_tokens)[0][0] for p in prompts[: question.verify]]
+    different = sum(a != b for a, b in zip(alone, answers[: question.verify], strict=True))
+    return Asked(answers, num_tokens, seconds, peak_load, peak, different)
+
+
+def ask_everywhere(question: Question) -> Asked:
+    """Each process asks its share of the rows, in a fresh process, so that no model's memory counts for another.
+
+    Every rank enters, and gets the whole.
+    """
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    share = replace(question, rows=question.rows[rank::ranks], verify=len(range(rank, question.verify, ranks)))
+    mine: Asked | Exception
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            mine = pool.submit(ask, share).result() if share.rows else Asked([], 0, 0.0, None, None)
+    except Exception as error:  # the others would wait for this rank
+        mine = error
+    everyone: list[Asked] = []
+    for number, each in enumerate(gather_object([mine]) if ranks > 1 else [mine]):  # collective
+        if isinstance(each, Exception):
+            raise each if number == rank else RunError(f"rank {number} could not answer: {each}")
+        everyone.append(each)
+    answers = [""] * len(question.rows)
+    for number, each in enumerate(everyone):
+        answers[number::ranks] = each.answers
+    return Asked(
+        answers,
+        sum(each.num_tokens for each in everyone),
+        max(each.seconds for each in everyone),
+        max((each.peak_load for each in everyone if each.peak_load is not None), default=None),
+        max((each.peak_inference for each in everyone if each.peak_inference is not None), default=None),
+        sum(each.different for each in everyone),
+    )
 
 
 def evaluate(question: Question) -> tuple[Score, list[tuple[Row, str, Verdict]]]:
-    """Asks in a fresh process, so that neither model's memory counts for the other, and judges the answers."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        answers, num_tokens, seconds, peak_load, peak_inference = pool.submit(ask, question).result()
+    """Asks, and judges the answers; every rank enters."""
+    asked = ask_everywhere(question)
     judged = [
         (row, answer, check_answer(number_asked(row.instruction), answer))
-        for row, answer in zip(question.rows, answers, strict=True)
+        for row, answer in zip(question.rows, asked.answers, strict=True)
     ]
     score = Score(
         accuracy=sum(verdict.right for _, _, verdict in judged) / len(judged),
         prefix_rate=sum(verdict.prefix for _, _, verdict in judged) / len(judged),
-        seconds=seconds,
-        tokens_per_second=num_tokens / seconds,
-        peak_load_bytes=peak_load,
-        peak_inference_bytes=peak_inference,
+        seconds=asked.seconds,
+        tokens_per_second=asked.num_tokens / asked.seconds,
+        peak_load_bytes=asked.peak_load,
+        peak_inference_bytes=asked.peak_inference,
+        verified=min(question.verify, len(question.rows)),
+        different=asked.different,
     )
     return score, judged
 
 
-def table(scores: dict[str, Score], num_rows: int, batch_size: int) -> str:
+def table(scores: dict[str, Score], num_rows: int, batch_size: int | None) -> str:
     """Ours beside the reference's, as a Markdown table."""
+    ours = f"{num_rows}, {batch_size or 'what fits'}"
     columns: list[dict[str, Any]] = [*PUBLISHED_ANSWERS.values(), *(asdict(score) for score in scores.values())]
     rows = [
-        ("prompts, batch size", ["20, 1"] * len(PUBLISHED_ANSWERS) + [f"{num_rows}, {batch_size}"] * len(scores)),
+        ("prompts, batch size", ["20, 1"] * len(PUBLISHED_ANSWERS) + [ours] * len(scores)),
         ("accuracy", [f"{c['accuracy']:.3f}" for c in columns]),
         ("prefix right", [f"{c['prefix_rate']:.3f}" if "prefix_rate" in c else "–" for c in columns]),
         ("seconds", [f"{c['seconds']:.2f}" for c in columns]),
         ("tokens a second", [f"{c['tokens_per_second']:.1f}" for c in columns]),
-        ("peak memory, loading, MB", [f"{c['peak_load_bytes'] / 1e6:,.1f}" for c in columns]),
-        ("peak memory, inference beyond that, MB", [f"{c['peak_inference_bytes'] / 1e6:,.1f}" for c in columns]),
+        ("peak memory, loading, MB", [_megabytes(c["peak_load_bytes"]) for c in columns]),
+        ("peak memory, inference beyond that, MB", [_megabytes(c["peak_inference_bytes"]) for c in columns]),
     ]
     names = [f"reference, {label}" for label in PUBLISHED_ANSWERS] + [f"ours, {label}" for label in scores]
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows])
+
+
+def _megabytes(size: int | None) -> str:
+    return "–" if size is None else f"{size / 1e6:,.1f}"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -117,10 +180,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--adapter-only", action="store_true", help="with --run: ask the fine-tuned model alone")
     parser.add_argument("--data", default=str(ROOT / "data/math/math_eval_200.json"), help="rows to ask")
     parser.add_argument("--limit", type=int, help="ask only the first so many rows")
-    parser.add_argument("--batch-size", type=int, default=50, help="prompts generated at once (default 50)")
+    parser.add_argument("--batch-size", type=int, help="prompts generated at once (default: what fits into memory)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens after which an answer is cut off")
     parser.add_argument("--no-merge", action="store_true", help="keep the adapter beside the weights")
+    parser.add_argument("--verify", type=int, default=0, help="ask the first so many again, one at a time, and compare")
+    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers", help="what generates")
     args = parser.parse_args(argv)
+    if args.backend == "vllm":
+        check_vllm(args.verify, args.no_merge)
     if args.adapter_only and not args.run:
         raise UserError("--adapter-only goes with --run, the folder of a training: a recipe alone has no adapter.")
     for name in ("limit", "batch_size", "max_new_tokens"):
@@ -158,6 +225,8 @@ def questions(args: argparse.Namespace) -> list[Question]:
             rows=rows,
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
+            backend=args.backend,
+            verify=args.verify,
         )
         for label, adapter in adapters.items()
     ]
@@ -186,17 +255,26 @@ def _not_a_question(row: Row) -> str | None:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     to_ask = questions(args)
+    main_process = os.environ.get("RANK", "0") == "0"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=True)  # the processes exchange text only; their workers have the GPUs
     scores: dict[str, Score] = {}
     lines = []
     for question in to_ask:
-        print(f"asking the {question.label} model {len(question.rows)} questions …", flush=True)
+        if main_process:
+            print(f"asking the {question.label} model {len(question.rows)} questions …", flush=True)
         scores[question.label], judged = evaluate(question)
         for number, (row, answer, verdict) in enumerate(judged):
             line = {"model": question.label, "instruction": row.instruction, "answer": answer, **asdict(verdict)}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-            if number < SAMPLES:
+            if main_process and number < SAMPLES:
                 print(f"  {row.instruction}  {answer!r}  {verdict.reason or 'right'}")
+    if not main_process:
+        return
     print(f"\n{table(scores, len(to_ask[0].rows), args.batch_size)}")
+    for label, score in scores.items():
+        if score.verified:
+            print(f"{label}: {score.different} of {score.verified} answers differ from those asked for one at a time")
     if args.run:
         (args.run / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
         write_json(args.run / "eval.json", {label: asdict(score) for label, score in scores.items()})

@@ -1,0 +1,105 @@
+"""Decoding in batches behind a shared prefix, against one prompt at a time with the whole text computed anew."""
+
+import random
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from eval import greedy
+from eval.greedy import decode, size_that_fits
+from tests.equality import TINY
+
+END = 7
+MOST = 25
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """Random weights with large logits: no two tokens are nearly as likely. A small vocabulary, so that rows end."""
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(TINY, vocab_size=24, pad_token_id=None, initializer_range=0.3)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def by_hand(model: Any, prompt: list[int]) -> list[int]:
+    answer: list[int] = []
+    with torch.no_grad():
+        while len(answer) < MOST and END not in answer:
+            answer.append(int(model(torch.tensor([prompt + answer])).logits[0, -1].argmax()))
+    return answer
+
+
+def prompts(shared: int, count: int = 24) -> list[list[int]]:
+    drawn = random.Random(shared)
+    first = [drawn.randrange(24) for _ in range(shared)]
+    return [first + [drawn.randrange(24) for _ in range(drawn.randrange(1, 12))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("shared", [0, 9])
+@pytest.mark.parametrize("batch_size", [1, 5, None])
+def test_is_one_at_a_time(model: Any, shared: int, batch_size: int | None) -> None:
+    asked = prompts(shared)
+    expected = [by_hand(model, prompt) for prompt in asked]
+    assert len({len(answer) for answer in expected}) > 3, "rows have to end at different times"
+    answered: list[int] = []
+    assert decode(model, asked, batch_size, MOST, END, answered.append) == expected
+    assert sum(answered) == len(asked)
+
+
+def test_equal_prompts(model: Any) -> None:
+    """All but the last token is shared."""
+    assert decode(model, [[3, 4, 5]] * 3, None, MOST, END) == [by_hand(model, [3, 4, 5])] * 3
+
+
+def test_work_is_saved(model: Any) -> None:
+    """Tokens that go through the model: the prefix once, each prompt's own, and each answer's but the last."""
+    asked = prompts(9)
+    seen: list[int] = []
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(kwargs["input_ids"].numel())
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        answers = decode(model, asked, 100, MOST, END)
+    finally:
+        hook.remove()
+    width = max(map(len, asked)) - 9
+    assert sum(seen) == 9 + len(asked) * width + sum(len(answer) - 1 for answer in answers)
+
+
+def test_a_batch_that_does_not_fit_is_halved(model: Any) -> None:
+    asked = prompts(0, 9)
+    sizes: list[int] = []
+    real = greedy._decode_batch
+
+    def small(model: Any, prefix: Any, shared: int, batch: Any, *rest: Any) -> Any:
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.cuda.OutOfMemoryError
+        return real(model, prefix, shared, batch, *rest)
+
+    with patch.object(greedy, "_decode_batch", small):
+        assert decode(model, asked, 8, MOST, END) == [by_hand(model, prompt) for prompt in asked]
+    assert sizes == [8, 4, 2, 2, 2, 2, 1]
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Any:
+    class Memory:
+        available = 0
+
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Memory)
+    return Memory
+
+
+def test_batch_size_follows_the_memory(model: Any, free: Any) -> None:
+    sizes = []
+    for available in (0, 10**6, 10**7, 10**12):
+        free.available = available
+        sizes.append(size_that_fits(model, tokens=100))
+    assert sizes[0] == 1
+    assert 1 <= sizes[1] < sizes[2] < sizes[3] == greedy.MOST
