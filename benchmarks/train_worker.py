@@ -61,7 +61,18 @@ def ours(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> Non
         loop.train.main(
             [
                 *("--model.name_or_path", str(folder), "--gradient_checkpointing", checkpointing, "--epochs", "50"),
-                *("--optim.lr", "1e-4", "--tracker", "null", "--run_dir", f"{runs}/run", "--data.max_length", "9999"),
+                *(
+                    "--rank_timeout",
+                    "100000",
+                    "--optim.lr",
+                    "1e-4",
+                    "--tracker",
+                    "null",
+                    "--run_dir",
+                    f"{runs}/run",
+                    "--data.max_length",
+                    "9999",
+                ),
                 *more,
             ]
         )

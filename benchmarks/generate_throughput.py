@@ -1,0 +1,90 @@
+"""How fast the evaluation answers: `python -m benchmarks.generate_throughput`
+
+Ours against the reference's loop (one prompt at a time, the adapter beside the weights), the same with the adapter
+merged, and transformers' generate in batches of 16; on one process, for 20 tokens each.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from benchmarks.turns import Measured, spread, take_turns
+from benchmarks.workload import write_compute_bound, write_tiny
+from data.errors import exit_codes
+from eval.peak import usable_cores
+from loop.recipe import parse_recipe
+
+PROMPTS = {"reference": 8, "merged": 8, "batched": 64, "ours": 200}  # of a turn: so that all take about as long
+NEW_TOKENS = 20
+
+
+def write_adapter(folder: Path) -> None:
+    """Random, and large enough to change answers."""
+    recipe = parse_recipe([])[1]
+    lora = LoraConfig(r=recipe.lora.rank, target_modules=list(recipe.lora.target_modules), task_type="CAUSAL_LM")
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), lora)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(str(folder / "adapter"))
+
+
+def run(write: Callable[[Path], None], rounds: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory) / "model"
+        write(folder)
+        write_adapter(folder)
+        worker = [sys.executable, "-m", "benchmarks.generate_worker"]
+        commands = {kind: [*worker, kind, str(folder), str(n), str(NEW_TOKENS)] for kind, n in PROMPTS.items()}
+        found = take_turns(commands, rounds, usable_cores())
+    return {kind: _figures(measured, found["merged"]) for kind, measured in found.items()}
+
+
+def _figures(measured: Measured, merged: Measured) -> dict[str, Any]:
+    answers, alone = measured.notes["answers"], merged.notes["answers"]
+    compared = list(zip(answers, alone, strict=False))  # of the prompts that both had
+    return {
+        "prompts": len(answers),
+        "tokens_per_second": [sum(map(len, answers)) / seconds for seconds in measured.seconds],
+        "differ_from_one_at_a_time": sum(a != b for a, b in compared),
+        "compared": len(compared),
+    }
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    reference = found["reference"]["tokens_per_second"]
+    lines = ["| | prompts a turn | tokens/s | × reference | answers other than one at a time, bf16 |", "|---" * 5 + "|"]
+    for kind, figures in found.items():
+        speeds = figures["tokens_per_second"]
+        ratios = spread([a / b for a, b in zip(speeds, reference, strict=True)])
+        other = f"{figures['differ_from_one_at_a_time']} of {figures['compared']}"
+        lines.append(f"| {kind} | {figures['prompts']} | {spread(speeds)} | {ratios} | {other} |")
+    return "\n".join(lines)
+
+
+@exit_codes()
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.generate_throughput", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each that count")
+    parser.add_argument("--model", choices=("compute_bound", "tiny", "both"), default="both")
+    parser.add_argument("--out", type=Path, default=Path("generate_throughput.json"), help="JSON file that is written")
+    args = parser.parse_args(argv)
+    results = {}
+    for name, write in (("compute_bound", write_compute_bound), ("tiny", write_tiny)):
+        if args.model in (name, "both"):
+            results[name] = run(write, args.rounds)
+            print(f"\n{name}\n\n{as_markdown(results[name])}", flush=True)
+    args.out.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

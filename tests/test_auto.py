@@ -1,0 +1,88 @@
+"""gradient_checkpointing: auto asks for recomputation where a step without it would not fit, and says what it found."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from data.chat import Example
+from loop.auto import decide
+from loop.build import Data, add_adapters
+from loop.recipe import parse_recipe
+from tests.test_batching import base
+from tests.test_layout import unequal_rows
+
+RECIPE = parse_recipe(["--batching", "padded"])[1]
+
+
+class Memory:
+    available = 10**12
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> type[Memory]:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Memory)
+    monkeypatch.setattr(Memory, "available", 10**12)
+    return Memory
+
+
+def decided(recipe: Any = RECIPE, examples: list[Example] | None = None) -> tuple[str, str]:
+    examples = examples or unequal_rows()
+    found = decide(recipe, Data(examples, [], 0), add_adapters(base(), recipe), Accelerator(cpu=True))
+    return found.checkpointing, found.said["gradient checkpointing"]
+
+
+def test_kept_where_it_fits_and_recomputed_where_not(memory: type[Memory]) -> None:
+    chosen, why = decided()
+    assert chosen == "none"
+    need = float(why.split(" of ")[0].split()[-1]) * 1e9
+    assert need > 0
+    memory.available = int(need * 1.3)
+    assert decided()[0] == "none"
+    memory.available = int(need * 0.9)
+    chosen, why = decided()
+    assert chosen == "non_reentrant"
+    assert why.startswith("non_reentrant (auto): a step without would take")
+
+
+def test_processes_of_a_machine_share_its_memory(memory: type[Memory], monkeypatch: pytest.MonkeyPatch) -> None:
+    need = float(decided()[1].split(" of ")[0].split()[-1]) * 1e9
+    memory.available = int(need * 1.5)
+    assert decided()[0] == "none"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert decided()[0] == "non_reentrant"
+
+
+def test_long_rows_need_more(memory: type[Memory]) -> None:
+    def need(examples: list[Example]) -> float:
+        return float(decided(examples=examples)[1].split(" of ")[0].split()[-1])
+
+    assert need([Example(1, [1] * 500, [2] * 500)]) > 3 * need([Example(1, [1] * 100, [2] * 100)])
+
+
+@pytest.mark.parametrize("said", ["none", "reentrant", "non_reentrant"])
+def test_explicit_values_are_obeyed(said: Any, memory: type[Memory]) -> None:
+    memory.available = 1
+    assert decided(replace(RECIPE, gradient_checkpointing=said)) == (said, said)
+
+
+def test_asks_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Card:
+        total_memory = 10**12
+
+    class OnGpu:
+        device = torch.device("cuda", 0)
+        num_processes = 1
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(Accelerator(cpu=True), name)
+
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Card)
+    monkeypatch.setattr("loop.auto.largest_of_ranks", lambda value, accelerator: value)
+    data, model = Data(unequal_rows(), [], 0), add_adapters(base(), RECIPE)
+    accelerator: Any = OnGpu()
+    assert decide(RECIPE, data, model, accelerator).checkpointing == "none"
+    monkeypatch.setattr(Card, "total_memory", 6 * 10**8)  # CUDA itself takes as much
+    assert decide(RECIPE, data, model, accelerator).checkpointing == "non_reentrant"

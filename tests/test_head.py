@@ -1,0 +1,172 @@
+"""The loss inside the model: PyTorch's cross entropy, what it never makes, and which models it may be put into."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen3Config,
+)
+
+from data.chat import Example
+from data.layout import Layout, collate
+from loop import head
+from loop.head import LinearNLL, has_plain_head, put_loss_inside
+from loop.step import summed_nll
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "pad_token_id": None,
+    "use_cache": False,
+}
+ROWS = [Example(1, [1, 2, 3, 4], [5, 6]), Example(2, [1, 2, 9], [7] * 30), Example(3, [1, 2, 8, 8, 8, 8], [9])]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("at_once", [1, 100, 10**6])
+def test_is_cross_entropy(bias: bool, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "LOGITS", at_once)
+    torch.manual_seed(0)
+    hidden = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    weight, labels = torch.randn(30, 6, dtype=torch.float64), torch.randint(30, (11,))
+    b = torch.randn(30, dtype=torch.float64) if bias else None
+    expected = cross_entropy(torch.nn.functional.linear(hidden, weight, b), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(3 * expected, hidden)
+    found = LinearNLL.apply(hidden, weight, b, labels)  # type: ignore[no-untyped-call]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(3 * found, hidden)[0], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_small_probabilities_survive_fp16() -> None:
+    """Of 60,000 tokens each is about 1.7e-5 likely, below fp16's smallest normal number."""
+    torch.manual_seed(0)
+    hidden, weight = 0.01 * torch.randn(4, 16), torch.randn(60_000, 16)
+    labels = torch.tensor([1, 2, 3, 4])
+    exact = hidden.clone().requires_grad_()
+    cross_entropy(exact @ weight.half().float().T, labels, reduction="sum").backward()
+    half = hidden.half().requires_grad_()
+    LinearNLL.apply(half, weight.half(), None, labels).backward()  # type: ignore[no-untyped-call]
+    assert half.grad is not None
+    torch.testing.assert_close(half.grad.float(), exact.grad, rtol=5e-3, atol=5e-3)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        made = [tensor.numel() for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        self.elements = max([self.elements, *made])
+        return result
+
+
+def adapted(base: Any) -> Any:
+    base.config.use_cache = False
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).train()
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
+def test_no_logits_but_where_a_label_is(layout: Layout) -> None:
+    """A step makes [labels, vocab] and nothing of [B, T, vocab]; in chunks not even that."""
+    vocab = 200_000
+    model = adapted(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | {"vocab_size": vocab}), dtype=torch.float32))
+    put_loss_inside(model)
+    batch = collate(ROWS, layout, 0)
+    largest = Largest()
+    with largest:
+        summed_nll(model, batch).backward()
+    labels, everything = len(batch.predicts), batch.input_ids.numel()
+    assert labels < everything
+    weight = vocab * SIZES["hidden_size"]
+    assert largest.elements <= max(labels * vocab, weight)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(head, "LOGITS", 4 * vocab)
+        largest.elements = 0
+        with largest:
+            summed_nll(model, batch).backward()
+    assert largest.elements <= max(4 * vocab, weight) < labels * vocab
+
+
+PLAIN = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
+OTHER = {"granite": GraniteConfig, "gemma2": Gemma2Config, "cohere": CohereConfig}  # scaled, capped, scaled
+MORE: dict[str, Any] = {"granite": {"logits_scaling": 8.0}}
+
+
+def build(name: str, config: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(**SIZES | MORE.get(name, {})), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", PLAIN | OTHER)
+def test_any_model_keeps_its_own_loss(name: str) -> None:
+    """Whatever a model makes of lm_head's output: the same loss and gradients as from the logits that it gives."""
+    base = build(name, (PLAIN | OTHER)[name])
+    assert has_plain_head(base) == (name in PLAIN)
+    model = adapted(base).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = collate(ROWS, "padded", 0)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    expected = cross_entropy(logits.flatten(0, 1)[batch.predicts], batch.label_ids, reduction="sum")
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    put_loss_inside(model)
+    put_loss_inside(model)  # twice is once
+    found = summed_nll(model, batch)
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for gradient, parameter in zip(gradients, (p for p in model.parameters() if p.requires_grad), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_on_lm_head_is_trained() -> None:
+    base = build("llama", LlamaConfig)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")).train()
+    put_loss_inside(model)
+    summed_nll(model, collate(ROWS, "padded", 0)).backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_looking_at_the_head_leaves_the_model_as_it_was() -> None:
+    base = build("llama", LlamaConfig)
+    parts = base.model, base.lm_head
+    has_plain_head(base)
+    assert (base.model, base.lm_head) == parts
+    assert list(base._modules) == ["model", "lm_head"]
+
+
+def test_a_bias_of_lm_head_counts() -> None:
+    """Phi has one."""
+    base = AutoModelForCausalLM.from_config(PhiConfig(**SIZES), dtype=torch.float32)
+    torch.nn.init.normal_(base.lm_head.bias)
+    assert has_plain_head(base)
+    model = adapted(base)
+    put_loss_inside(model)
+    batch = collate(ROWS, "padded", 0)
+    hidden = base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    by_hand = (hidden @ base.lm_head.weight.T + base.lm_head.bias).flatten(0, 1)[batch.predicts]
+    expected = cross_entropy(by_hand, batch.label_ids, reduction="sum")
+    assert summed_nll(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)

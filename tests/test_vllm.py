@@ -1,0 +1,84 @@
+"""The vLLM backend against a stand-in with vLLM's interface; the real one needs a GPU."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from data.chat import render_prompt
+from data.errors import UserError
+from data.rows import Row
+from data.sums import SYSTEM_PROMPT
+from eval.generate import load_tokenizer
+from eval.run import Question, ask, parse
+from tests.equality import TINY
+
+ROWS = [Row(1, "1802=", "", "x"), Row(2, "7=", "", "x")]
+
+
+class Engine:
+    """Answers each prompt with its own last three tokens and the end token."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def generate(self, prompts: list[dict[str, list[int]]], sampling: Any, lora_request: Any) -> list[Any]:
+        asked.append((self.options, prompts, sampling, lora_request))
+        ids = [[*prompt["prompt_token_ids"][-3:], *sampling.stop_token_ids] for prompt in prompts]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=each)]) for each in ids]
+
+
+asked: list[Any] = []
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked.clear()
+    module, lora, request = (ModuleType(name) for name in ("vllm", "vllm.lora", "vllm.lora.request"))
+    module.__dict__.update(LLM=Engine, SamplingParams=lambda **options: SimpleNamespace(**options))
+    request.__dict__.update(LoRARequest=lambda *arguments: arguments)
+    for each in (module, lora, request):
+        monkeypatch.setitem(sys.modules, each.__name__, each)
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize(("rank", "room"), [(4, 8), (8, 8), (12, 16), (64, 64)])
+def test_asks_vllm(tmp_path: Path, rank: int, room: int) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    question = Question("tuned", str(TINY), tmp_path, True, False, SYSTEM_PROMPT, ROWS, None, 9, backend="vllm")
+    answer = ask(question)
+    tokenizer = load_tokenizer(str(TINY))
+    options, prompts, sampling, adapter = asked[0]
+    assert options["max_lora_rank"] == room
+    assert options["enable_lora"] is True
+    assert (sampling.temperature, sampling.max_tokens, sampling.stop_token_ids) == (0.0, 9, [tokenizer.eos_token_id])
+    assert adapter[1:] == (1, str(tmp_path))
+    texts = [render_prompt(row.instruction, SYSTEM_PROMPT, tokenizer) for row in ROWS]
+    assert [prompt["prompt_token_ids"] for prompt in prompts] == [tokenizer(text)["input_ids"] for text in texts]
+    last = [tokenizer.decode(tokenizer(text)["input_ids"][-3:], skip_special_tokens=True) for text in texts]
+    assert answer.answers == last
+    assert answer.num_tokens == 8
+    assert answer.peak_load is None
+
+
+@pytest.mark.usefixtures("vllm")
+def test_the_base_has_no_adapter() -> None:
+    ask(Question("base", str(TINY), None, True, False, SYSTEM_PROMPT, ROWS, 4, 9, backend="vllm"))
+    options, _, _, adapter = asked[0]
+    assert adapter is None
+    assert options["enable_lora"] is False
+    assert options["max_num_seqs"] == 4
+
+
+def test_says_how_to_get_it() -> None:
+    with pytest.raises(UserError, match="vLLM, which needs a GPU, is not installed"):
+        parse(["--run", "runs/x", "--backend", "vllm"])
+
+
+def test_what_does_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(UserError, match="leave these out"):
+        parse(["--run", "runs/x", "--backend", "vllm", "--verify", "3"])
