@@ -5,7 +5,6 @@ merged, and transformers' generate in batches of 16; on one process, for 20 toke
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from benchmarks.turns import Measured, spread, take_turns
+from benchmarks.turns import Measured, spread, take_turns, write_results
 from benchmarks.workload import write_compute_bound, write_tiny
 from data.errors import exit_codes
 from eval.peak import usable_cores
@@ -24,6 +23,13 @@ from loop.recipe import parse_recipe
 
 PROMPTS = {"reference": 8, "merged": 8, "batched": 64, "ours": 200}  # of a turn: so that all take about as long
 NEW_TOKENS = 20
+TITLES = {
+    "compute_bound": "80 M parameters, random weights, bf16",
+    "tiny": "The embedded model's shape, random weights, bf16",
+}
+ABOUT = """Prompts of the reference's lengths, 20 new tokens each at most. Every contender has a process of its own and
+they take turns; median and range of the turns, ratios within each. The last column: how many answers differ from those
+of the merged model asked one prompt at a time, of the prompts that both had."""
 
 
 def write_adapter(folder: Path) -> None:
@@ -76,14 +82,14 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generate_throughput", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each that count")
     parser.add_argument("--model", choices=("compute_bound", "tiny", "both"), default="both")
-    parser.add_argument("--out", type=Path, default=Path("generate_throughput.json"), help="JSON file that is written")
     args = parser.parse_args(argv)
-    results = {}
+    results, text = {}, [ABOUT]
     for name, write in (("compute_bound", write_compute_bound), ("tiny", write_tiny)):
         if args.model in (name, "both"):
             results[name] = run(write, args.rounds)
-            print(f"\n{name}\n\n{as_markdown(results[name])}", flush=True)
-    args.out.write_text(json.dumps(results, indent=2))
+            text.append(f"### {TITLES[name]}\n\n{as_markdown(results[name])}")
+            print(text[-1], flush=True)
+    write_results("generate_throughput", "Generation beside others", results, "\n\n".join(text))
 
 
 if __name__ == "__main__":

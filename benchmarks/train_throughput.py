@@ -6,7 +6,6 @@ model, rows, precision, LoRA and rows a step. Needs the extra `bench` (pip insta
 
 import argparse
 import importlib.util
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.train_worker import RECIPE, SOURCE, TARGET
-from benchmarks.turns import Measured, spread, take_turns
+from benchmarks.turns import Measured, spread, take_turns, write_results
 from benchmarks.workload import load_rows, write_compute_bound, write_tiny
 from data.batch import windows
 from data.errors import UserError, exit_codes
@@ -25,6 +24,16 @@ from loop.plan import model_without_weights
 from loop.recipe import ROOT, parse_recipe
 
 MICRO = 16
+TITLES = {
+    "compute_bound": "80 M parameters (hidden 768, 8 layers), rows of 20 shared tokens, 10 of prompt and 19 of answer",
+    "tiny": "The embedded model's shape, the reference's rows",
+}
+ABOUT = """One process, bf16, random weights, 16 rows a step, the reference's LoRA. *trainer* is the reference's way: HF
+Trainer, every row padded to 51 tokens, all logits, padding in the loss; *trl* is TRL's SFTTrainer, padded to
+the longest row, and packed. *ours* is `accelerate launch` with `accel_configs/one_process.yaml`. Activations
+are *checkpointed* or *kept*; *auto* is the recipe's default. Every contender has a process of its own and
+they take turns; median and range of the turns, ratios within each. GFLOP/s are of what is computed, padding
+and recomputation included, against a bf16 matrix product measured in the same call."""
 AGAINST = ("trainer checkpointed", "trainer kept", "trl checkpointed", "trl kept")
 ACCEL = ROOT / "accel_configs" / "one_process.yaml"
 
@@ -116,11 +125,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
     parser.add_argument("--model", choices=("compute_bound", "tiny", "both"), default="both")
     parser.add_argument("--only", nargs="+", help="names of contenders")
-    parser.add_argument("--out", type=Path, default=Path("train_throughput.json"), help="JSON file that is written")
     args = parser.parse_args(argv)
     if importlib.util.find_spec("trl") is None:
         raise UserError("trl is not installed. Run: pip install -e '.[bench]'")
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"recipe": asdict(RECIPE)}
+    text = [ABOUT]
     for name, write in (("compute_bound", write_compute_bound), ("tiny", write_tiny)):
         if args.model not in (name, "both"):
             continue
@@ -132,11 +141,11 @@ def main(argv: Sequence[str]) -> None:
             peak = next(iter(matmul_peak().values()))["bf16"]
             found = take_turns(commands, args.rounds, usable_cores())
             results[name] = {"peak_flops": peak, "rows": table(found, chosen, folder, args.steps, peak)}
-        print(
-            f"\n{name}: bf16 matrix product {peak / 1e9:.0f} GFLOP/s\n\n{as_markdown(results[name]['rows'])}",
-            flush=True,
-        )
-    args.out.write_text(json.dumps({"recipe": asdict(RECIPE), **results}, indent=2))
+        heading = f"### {TITLES[name]}\n\nA matrix product: {peak / 1e9:.0f} GFLOP/s."
+        text.append(f"{heading}\n\n{as_markdown(results[name]['rows'])}")
+        print(text[-1], flush=True)
+    if not args.only:
+        write_results("train_throughput", "Training beside others", results, "\n\n".join(text))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 So whatever else the machine does falls on all of them alike, and figures of one call can be compared.
 """
 
+import json
 import os
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loop.recipe import ROOT
+from tests.guarantees import write_section
 
 ADDRESS = "PLAINLOOP_TURNS"  # environment variable: where a contender finds the one who calls the turns
 START = 600.0  # seconds in which a contender has to be ready
@@ -72,8 +74,13 @@ def take_turns(commands: Mapping[str, Sequence[str]], rounds: int, threads: int)
                     connections[name] = _accept(listener, process, name, log)
             for turn in range(rounds + 1):
                 for name, connection in connections.items():
-                    connection.send("go")
-                    seconds, measured[name].notes = connection.recv()
+                    try:
+                        connection.send("go")
+                        seconds, measured[name].notes = connection.recv()
+                    except (ConnectionError, EOFError):
+                        number = list(commands).index(name)
+                        said = Path(folder, f"{number}.log").read_text()[-4000:]
+                        raise SystemExit(f"{name} ended:\n{said}") from None
                     if turn:
                         measured[name].seconds.append(seconds)
                     print(f"{turn}/{rounds} {name}: {seconds:.2f} s", file=sys.stderr, flush=True)
@@ -96,6 +103,14 @@ def _accept(listener: Listener, process: subprocess.Popen[bytes], name: str, log
             if process.poll() is not None:
                 break
     raise SystemExit(f"{name} did not start:\n{log.read_text()[-4000:]}")
+
+
+def write_results(name: str, title: str, results: dict[str, Any], text: str) -> None:
+    """benchmarks/results/<name>.json, and a section of docs/performance.md."""
+    file = ROOT / "benchmarks" / "results" / f"{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    write_section(title, f"python -m benchmarks.{name}", text, "performance.md")
 
 
 def spread(values: Sequence[float]) -> str:

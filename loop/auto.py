@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 
 from data.layout import Layout
 from loop.batching import choose_layout
-from loop.build import WEIGHT_DTYPES, Data
+from loop.build import WEIGHT_DTYPES, Data, set_layout
 from loop.deepspeed_config import size_buckets_for_lora
 from loop.engine import largest_of_ranks, mixed_precision
 from loop.estimate import COMFORT, CUDA_CONTEXT, Subject, Work, peak_of_step
@@ -46,6 +46,7 @@ def decide(recipe: Recipe, data: Data, model: Any, accelerator: Accelerator) -> 
 def _choose_checkpointing(recipe: Recipe, model: Any, work: Work, accelerator: Accelerator) -> tuple[str, str]:
     """none where a step without it leaves a tenth of the memory free on every rank's device, by the plan's estimate."""
     precision = mixed_precision(accelerator)
+    set_layout(model.get_base_model(), work.layout)
     subject = Subject(recipe, model.to(WEIGHT_DTYPES[precision]), work)
     layout = _zero_layout(recipe, model, precision, accelerator)
     need = peak_of_step(subject, layout, recomputes=False).device
@@ -56,7 +57,7 @@ def _choose_checkpointing(recipe: Recipe, model: Any, work: Work, accelerator: A
         has = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     short = largest_of_ranks(int(need > COMFORT * has), accelerator)  # collective
     chosen = "non_reentrant" if short else "none"
-    return chosen, f"{chosen} (auto): a step without would take {need / 1e9:.2f} of {has / 1e9:.1f} GB on a device"
+    return chosen, f"{chosen} (auto): a step without would take {need / 1e9:.3g} of {has / 1e9:.3g} GB on a device"
 
 
 def _zero_layout(recipe: Recipe, model: Any, precision: str, accelerator: Accelerator) -> ZeroLayout:

@@ -150,8 +150,7 @@ def build_model(recipe: Recipe, layout: Layout, checkpointing: str, accelerator:
     base = _open_model(recipe, dtype=WEIGHT_DTYPES[mixed_precision(accelerator)])
     base.config.use_cache = False  # a cache is of no use in training
     set_checkpointing(base, checkpointing)
-    if layout != "padded":
-        base.set_attn_implementation(BY_ROW)
+    set_layout(base, layout)
     set_seed(recipe.seed)  # here, so that the initial adapters do not depend on how the base was loaded
     # Under DeepSpeed the adapters have the base's dtype at every stage and the fp32 masters live in the
     # optimizer. Without DeepSpeed there are no masters, so the adapters themselves are fp32.
@@ -161,6 +160,12 @@ def build_model(recipe: Recipe, layout: Layout, checkpointing: str, accelerator:
     fuse_lora(model)
     put_loss_inside(model)
     return model
+
+
+def set_layout(base: Any, layout: Layout) -> None:
+    """Gives the model the attention that rows in one need."""
+    if layout != "padded":
+        base.set_attn_implementation(BY_ROW)
 
 
 def set_checkpointing(base: Any, kind: str) -> None:

@@ -23,9 +23,8 @@ from data.chat import Example
 from data.errors import UserError, exit_codes
 from data.layout import Layout
 from data.rows import read_rows
-from loop.attention import BY_ROW
 from loop.batching import choose_layout
-from loop.build import WEIGHT_DTYPES, Data, add_adapters
+from loop.build import WEIGHT_DTYPES, Data, add_adapters, set_layout
 from loop.cards import CARDS
 from loop.dry_run import Findings, contradictions, open_tokenizer, read_data, shown_rows
 from loop.engine import set_up_environment
@@ -167,8 +166,8 @@ def main(argv: Sequence[str]) -> None:
     model = model_without_weights(recipe, "bf16")
     base = model.get_base_model()
     work, batching, rows_shown, data = measure_work(recipe, base, found)
-    if work and work.layout != "padded":
-        base.set_attn_implementation(BY_ROW)
+    if work:
+        set_layout(base, work.layout)
     subject = Subject(recipe, model, work or Work(_as_long_as_allowed(recipe, 1), "padded", real=False))
     planned = launches(args, recipe, model, found)
     estimates = [estimate(subject, launch, given) for launch in planned] if work else []

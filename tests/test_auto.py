@@ -34,6 +34,13 @@ def decided(recipe: Any = RECIPE, examples: list[Example] | None = None) -> tupl
     return found.checkpointing, found.said["gradient checkpointing"]
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
+def test_a_step_in_any_layout(layout: Any, memory: type[Memory]) -> None:
+    """Of one row too, which has nobody to be kept apart from."""
+    for examples in (unequal_rows(), unequal_rows()[:1]):
+        assert decided(replace(RECIPE, batching=layout), examples)[0] == "none"
+
+
 def test_kept_where_it_fits_and_recomputed_where_not(memory: type[Memory]) -> None:
     chosen, why = decided()
     assert chosen == "none"

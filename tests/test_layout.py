@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.chat import Example
 from data.layout import IGNORE_INDEX, Layout, collate, shared_prefix, stand_in
-from loop.attention import BY_ROW
-from loop.build import add_adapters, set_checkpointing
+from loop.build import add_adapters, set_checkpointing, set_layout
 from loop.head import put_loss_inside
 from loop.lora import fuse_lora
 from loop.recipe import parse_recipe
@@ -44,8 +43,7 @@ def adapted(layout: Layout, checkpointing: str = "none") -> Any:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.02)
-    if layout != "padded":
-        base.set_attn_implementation(BY_ROW)
+    set_layout(base, layout)
     set_checkpointing(base, checkpointing)
     fuse_lora(model)
     put_loss_inside(model)
