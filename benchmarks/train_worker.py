@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 from benchmarks.turns import Turns
 from benchmarks.workload import load_rows
-from data.chat import Example
+from data.examples import Example
 from loop.build import Data
+from loop.phases import ACCOUNT, STEP
 from loop.recipe import Recipe, parse_recipe
 
 SOURCE, TARGET = 30, 20  # tokens the reference pads prompt and answer to; one more of padding stands behind
@@ -47,7 +48,7 @@ def ours(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> Non
     def step(window: Any, *rest: Any) -> Any:
         turns.before_step()
         result = train_step(window, *rest)
-        turns.after_step(loss=float(result.nlls.sum()) / window.num_label_tokens)
+        turns.after_step(loss=float(result.nlls.sum()) / window.num_label_tokens, **cost_of_step())
         return result
 
     def data(*_: Any) -> Data:
@@ -76,6 +77,18 @@ def ours(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> Non
                 *more,
             ]
         )
+
+
+def cost_of_step() -> dict[str, float]:
+    """This rank's so far: collectives and their bytes a step, peak bytes of a step's phases."""
+    costs = [ACCOUNT.costs[phase] for phase in STEP if phase in ACCOUNT.costs]
+    traffic = [each for cost in costs for each in cost.collectives.values()]
+    steps = len(ACCOUNT.step_seconds) + 1
+    return {
+        "collectives": sum(each.count for each in traffic) / steps,
+        "collective_bytes": sum(each.bytes for each in traffic) / steps,
+        "peak_bytes": max(cost.peak_bytes or 0 for cost in costs),
+    }
 
 
 def lora() -> LoraConfig:

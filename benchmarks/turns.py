@@ -56,36 +56,45 @@ class Turns:
             self.connection.send((time.perf_counter() - self.begun, notes))
 
 
-def take_turns(commands: Mapping[str, Sequence[str]], rounds: int, threads: int) -> dict[str, Measured]:
-    """Seconds of each contender's turns, `rounds` of them and one before that does not count."""
+def take_turns(
+    commands: Mapping[str, Sequence[str]], rounds: int, threads: int, ranks: Mapping[str, int] | None = None
+) -> dict[str, Measured]:
+    """Seconds of each contender's turns, `rounds` of them and one before that does not count.
+
+    `ranks` says how many processes a command starts that take turns, where it is not one; the slowest counts.
+    """
     measured = {name: Measured() for name in commands}
     with tempfile.TemporaryDirectory() as folder:
-        connections: dict[str, Connection] = {}
+        connections: dict[str, list[Connection]] = {}
         processes = []
         try:
             for number, (name, command) in enumerate(commands.items()):
                 address = f"{folder}/{number}"
-                with Listener(address, family="AF_UNIX") as listener:
+                with Listener(address, family="AF_UNIX", backlog=8) as listener:
                     environment = {**os.environ, ADDRESS: address, "OMP_NUM_THREADS": str(threads)}
                     log = Path(folder, f"{number}.log")
                     with log.open("w") as out:
                         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
                     processes.append(process)
-                    connections[name] = _accept(listener, process, name, log)
+                    many = (ranks or {}).get(name, 1)
+                    connections[name] = [_accept(listener, process, name, log) for _ in range(many)]
             for turn in range(rounds + 1):
-                for name, connection in connections.items():
+                for name, of_ranks in connections.items():
                     try:
-                        connection.send("go")
-                        seconds, measured[name].notes = connection.recv()
+                        for connection in of_ranks:
+                            connection.send("go")
+                        said = [connection.recv() for connection in of_ranks]
                     except (ConnectionError, EOFError):
-                        number = list(commands).index(name)
-                        said = Path(folder, f"{number}.log").read_text()[-4000:]
-                        raise SystemExit(f"{name} ended:\n{said}") from None
+                        log = Path(folder, f"{list(commands).index(name)}.log")
+                        raise SystemExit(f"{name} ended:\n{log.read_text()[-4000:]}") from None
+                    seconds = max(seconds for seconds, _ in said)
+                    measured[name].notes = said[0][1]
                     if turn:
                         measured[name].seconds.append(seconds)
                     print(f"{turn}/{rounds} {name}: {seconds:.2f} s", file=sys.stderr, flush=True)
-            for connection in connections.values():
-                connection.send("stop")
+            for of_ranks in connections.values():
+                for connection in of_ranks:
+                    connection.send("stop")
         finally:
             for process in processes:
                 process.terminate()

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, set_seed
 
-from data.chat import Example, encode_rows
+from data.chat import encode_rows
+from data.examples import Example
 from data.rows import read_rows
 from data.sums import SYSTEM_PROMPT
 from loop.recipe import ROOT
@@ -72,7 +74,7 @@ def write_tiny(folder: Path) -> None:
     write_rows(folder, encode_rows(read_rows(path), path, SYSTEM_PROMPT, 99, tokenizer))
 
 
-def write_rows(folder: Path, examples: list[Example]) -> None:
+def write_rows(folder: Path, examples: Sequence[Example]) -> None:
     rows = [{"row": e.row, "prompt": e.prompt_ids, "answer": e.answer_ids} for e in examples]
     (folder / "rows.json").write_text(json.dumps(rows))
 

@@ -8,9 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data.chat import Example
+from data.examples import Example
 from data.layout import Layout, MicroBatch, collate, stand_in
+
+Order = Sequence[int] | NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,14 @@ def num_windows(num_rows: int, rows_per_window: int) -> int:
     return -(-num_rows // rows_per_window)
 
 
-def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:
+def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """A permutation of range(num_rows), its own for every epoch, the same on every rank."""
-    order: list[int] = np.random.default_rng((seed, epoch)).permutation(num_rows).tolist()
-    return order
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
 def windows(
     examples: Sequence[Example],
-    order: Sequence[int],
+    order: Order,
     micro_batch_size: int,
     grad_accum_steps: int,
     num_processes: int,
@@ -60,7 +62,7 @@ def windows(
 
 
 def deal(
-    examples: Sequence[Example], order: Sequence[int], micro_batch_size: int, micro_batches: int, layout: Layout
+    examples: Sequence[Example], order: Order, micro_batch_size: int, micro_batches: int, layout: Layout
 ) -> Iterator[list[list[Example]]]:
     """The rows of all micro-batches of each window: first those of all ranks at the first micro-step, then so on.
 

@@ -1,25 +1,18 @@
 """Rows -> token ids and labels, through the tokenizer's own chat template."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from data.errors import UserError
-from data.rows import Row, fail_on_bad_rows
+from data.examples import Example, Examples
+from data.rows import Problems, Row
 
+BATCH = 1000  # rows tokenized at once
 PLACE = "\ue000"  # a character for private use: stands where the user's text goes
-
-
-@dataclass(frozen=True)
-class Example:
-    """One tokenized row: the prompt, which is only read, and the answer, which is learned."""
-
-    row: int  # the row's number in its file
-    prompt_ids: list[int]
-    answer_ids: list[int]  # ends with the end token
 
 
 def user_text(row: Row) -> str:
@@ -76,9 +69,15 @@ def encode_row(
     return Example(row.number, prompt_ids, [*plain_ids(row.output), tokenizer.eos_token_id])
 
 
+def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    rest = iter(rows)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
 def encode_rows(
-    rows: Sequence[Row], path: Path, system_prompt: str, max_length: int, tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
+    rows: Iterable[Row], path: Path, system_prompt: str, max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> Examples:
     """Every row as an Example of at most `max_length` tokens, prompt, answer and end token together.
 
     Raises UserError, naming the rows of the file `path`, when a row is longer (nothing is cut off), and
@@ -92,20 +91,53 @@ def encode_rows(
         raise UserError(
             f"{tokenizer.name_or_path}: its chat template does not show what the user says once. Correct it."
         )
+    problems = Problems()
+    examples = Examples(_encoded(rows, system_prompt, max_length, tokenizer, problems))
+    problems.fail(path)
+    return examples
+
+
+def _encoded(
+    rows: Iterable[Row], system_prompt: str, max_length: int, tokenizer: PreTrainedTokenizerBase, problems: Problems
+) -> Iterator[Example]:
+    """Those that are not too long; the others go into `problems`."""
     control = control_tokens(tokenizer)
     most = max_length * max(len(token) for token in tokenizer.get_vocab())  # characters in max_length tokens
-    examples, problems = [], []
-    for row in rows:
-        characters = len(user_text(row)) + len(row.output)
-        if characters > most:  # sure to be too long, and maybe too much for the tokenizer
-            problems.append(
-                f"row {row.number}: {characters:,} characters; shorten it or raise data.max_length ({max_length})"
-            )
-            continue
-        example = encode_row(row, system_prompt, tokenizer, control)
-        length = len(example.prompt_ids) + len(example.answer_ids)
-        if length > max_length:
-            problems.append(f"row {row.number}: {length} tokens; shorten it or raise data.max_length ({max_length})")
-        examples.append(example)
-    fail_on_bad_rows(path, problems, len(rows))
+    for batch in batched(rows, BATCH):
+        lengths = [len(user_text(row)) + len(row.output) for row in batch]
+        # one of more characters is sure to be too long, and maybe too much for the tokenizer
+        fitting = [row for row, characters in zip(batch, lengths, strict=True) if characters <= most]
+        found = {example.row: example for example in encode_batch(fitting, system_prompt, tokenizer, control)}
+        for row, characters in zip(batch, lengths, strict=True):
+            example = found.get(row.number)
+            length = len(example.prompt_ids) + len(example.answer_ids) if example else 0
+            problem = None
+            if example is None or length > max_length:
+                size = f"{length} tokens" if example else f"{characters:,} characters"
+                problem = f"row {row.number}: {size}; shorten it or raise data.max_length ({max_length})"
+            problems.add(problem)
+            if example is not None and problem is None:
+                yield example
+
+
+def encode_batch(
+    rows: Sequence[Row], system_prompt: str, tokenizer: PreTrainedTokenizerBase, control: Sequence[str]
+) -> list[Example]:
+    """As encode_row, in two calls of the tokenizer for all rows in which nothing looks like a control token."""
+    forged = [any(token in user_text(row) or token in row.output for token in control) for row in rows]
+    plain = [row for row, is_forged in zip(rows, forged, strict=True) if not is_forged]
+    prompts = [render_prompt(user_text(row), system_prompt, tokenizer) for row in plain]
+    ids = iter(zip(_ids_of_all(prompts, tokenizer), _ids_of_all([row.output for row in plain], tokenizer), strict=True))
+    examples = []
+    for row, is_forged in zip(rows, forged, strict=True):
+        if is_forged:
+            examples.append(encode_row(row, system_prompt, tokenizer, control))
+        else:
+            prompt, answer = next(ids)
+            examples.append(Example(row.number, prompt, [*answer, tokenizer.eos_token_id]))
     return examples
+
+
+def _ids_of_all(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return encoded

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from data.chat import Example
+from data.examples import Example
 
 IGNORE_INDEX = -100
 Layout = Literal["padded", "packed", "shared_prefix"]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.chat import render_prompt, user_text
 from data.errors import RunError, UserError, exit_codes
-from data.rows import Row, fail_on_bad_rows, read_rows
+from data.rows import Problems, Row, read_rows
 from eval.check import Verdict, check_answer, number_asked
 from eval.findings import PUBLISHED_ANSWERS
 from eval.generate import PeakMemory, generate, load_model, load_tokenizer, timed
@@ -205,9 +205,11 @@ def questions(args: argparse.Namespace) -> list[Question]:
     recipe = parse_recipe(["--config", str(args.run / "recipe.yaml" if args.run else args.config)])[1]
     path = find_path(args.data)
     rows = read_rows(path)[: args.limit]
-    fail_on_bad_rows(
-        path, [f"row {row.number}: {problem}" for row in rows if (problem := _not_a_question(row))], len(rows)
-    )
+    problems = Problems()
+    for row in rows:
+        problem = _not_a_question(row)
+        problems.add(f"row {row.number}: {problem}" if problem else None)
+    problems.fail(path)
     adapters: dict[str, Path | None] = {} if args.adapter_only else {"base": None}
     model = find_model(recipe.model.name_or_path)
     adapted = check_model(recipe, build_tokenizer(recipe))  # fails here rather than in a worker

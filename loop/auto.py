@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from data.examples import lengths_of
 from data.layout import Layout
 from loop.batching import choose_layout
 from loop.build import WEIGHT_DTYPES, Data, set_layout
@@ -38,7 +39,9 @@ def decide(recipe: Recipe, data: Data, model: Any, accelerator: Accelerator) -> 
     checkpointing: str = recipe.gradient_checkpointing
     reason = checkpointing
     if checkpointing == "auto":
-        work = Work([*data.train, *data.validation], layout, real=True)
+        # validation needs less than training with rows as long, but its rows may be longer
+        longer = max(filter(None, (data.train, data.validation)), key=lambda rows: lengths_of(rows).max())
+        work = Work(longer, layout, real=True)
         checkpointing, reason = _choose_checkpointing(recipe, model, work, accelerator)
     return Decided(layout, checkpointing, {"batching": why, "gradient checkpointing": reason})
 

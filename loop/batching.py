@@ -1,11 +1,12 @@
 """batching: which layout the micro-batches have, chosen by the tokens that each would compute."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from data.batch import deal, epoch_order
-from data.chat import Example
+from data.batch import Order, deal, epoch_order
 from data.errors import UserError
+from data.examples import Example, lengths_of
 from data.layout import Layout, shared_prefix
 from loop.head import has_plain_head
 from loop.recipe import Recipe
@@ -27,7 +28,7 @@ class Tokens:
         return self.real + self.padding - self.shared
 
 
-def choose_layout(recipe: Recipe, examples: list[Example], base: Any, num_processes: int) -> tuple[Layout, str]:
+def choose_layout(recipe: Recipe, examples: Sequence[Example], base: Any, num_processes: int) -> tuple[Layout, str]:
     """The recipe's, or for auto that with the fewest tokens to compute of those that the model `base` can do; and why.
 
     Raises UserError when the recipe wants one that it cannot do.
@@ -50,7 +51,7 @@ def choose_layout(recipe: Recipe, examples: list[Example], base: Any, num_proces
 
 
 def count_tokens(
-    recipe: Recipe, examples: list[Example], order: list[int], num_processes: int, layout: Layout
+    recipe: Recipe, examples: Sequence[Example], order: Order, num_processes: int, layout: Layout
 ) -> Tokens:
     real = padding = shared = 0
     micro_batches = recipe.grad_accum_steps * num_processes
@@ -65,7 +66,7 @@ def count_tokens(
     return Tokens(real, padding, shared)
 
 
-def why_not_in_one_row(recipe: Recipe, examples: list[Example], base: Any) -> str | None:
+def why_not_in_one_row(recipe: Recipe, examples: Sequence[Example], base: Any) -> str | None:
     """What keeps rows of this model from standing behind one another in one; None where they may."""
     config = base.config.get_text_config()
     if recipe.model.attn_implementation != "sdpa":
@@ -76,7 +77,7 @@ def why_not_in_one_row(recipe: Recipe, examples: list[Example], base: Any) -> st
     if kinds - {"full_attention", "sliding_attention"} or base._is_stateful:
         return f"{type(base).__name__} has layers that carry a state from row to row"
     window = getattr(config, "sliding_window", None)
-    longest = max(len(example.prompt_ids) + len(example.answer_ids) for example in examples)
+    longest = int(lengths_of(examples).max())
     if window and longest > window and kinds != {"full_attention"}:
         return f"its attention looks {window} tokens back, and the longest row has {longest}"
     return None

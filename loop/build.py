@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data.chat import Example, encode_rows
+from data.chat import encode_rows
 from data.errors import UserError
+from data.examples import Example
 from data.layout import Layout
-from data.rows import read_rows
+from data.rows import iter_rows
 from loop.attention import BY_ROW
 from loop.engine import mixed_precision
 from loop.head import put_loss_inside
@@ -29,10 +31,10 @@ WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.floa
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenized rows; `validation` is empty where the recipe names no file."""
+    """Tokenized rows, on disk; `validation` is empty where the recipe names no file."""
 
-    train: list[Example]
-    validation: list[Example]
+    train: Sequence[Example]
+    validation: Sequence[Example]
     pad_token_id: int
     layout: Layout = "padded"  # of micro-batches
 
@@ -54,9 +56,9 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Both files read, checked and tokenized; UserError on anything wrong in them."""
 
-    def load(file: str) -> list[Example]:
+    def load(file: str) -> Sequence[Example]:
         path = find_path(file)
-        return encode_rows(read_rows(path), path, recipe.data.system_prompt, recipe.data.max_length, tokenizer)
+        return encode_rows(iter_rows(path), path, recipe.data.system_prompt, recipe.data.max_length, tokenizer)
 
     validation = load(recipe.data.validation_file) if recipe.data.validation_file else []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data.chat import Example
 from data.errors import UserError
-from data.rows import read_rows
+from data.examples import Example, lengths_of
+from data.rows import count_rows
 from loop.build import Data, build_data, build_lr_scheduler, build_tokenizer, warmup_steps
 from loop.recipe import Recipe, find_model, find_path
 from loop.run_folder import check_run_folder
@@ -60,7 +60,7 @@ def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, found: 
         return data
     for file in (recipe.data.train_file, recipe.data.validation_file):
         if file:
-            found.attempt(partial(read_rows, find_path(file)))
+            found.attempt(partial(count_rows, find_path(file)))
     return None
 
 
@@ -68,7 +68,7 @@ def contradictions(recipe: Recipe, data: Data | None, model: Any, steps: int, ro
     """Adds to `found` what single values do not show; `steps` in all, on `rows` training rows."""
     config = model.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None)
-    longest = max(map(len_of, data.train)) if data else 0
+    longest = int(lengths_of(data.train).max()) if data else 0
     if most and longest > most:
         found.problems.append(f"the longest row has {longest} tokens, but the model was made for {most} at most.")
     warm = warmup_steps(recipe, steps)
@@ -84,10 +84,6 @@ def contradictions(recipe: Recipe, data: Data | None, model: Any, steps: int, ro
     if recipe.lora.alpha / recipe.lora.rank > 64:
         found.notes.append(f"lora.alpha / lora.rank is {recipe.lora.alpha / recipe.lora.rank:g}: an unusual scale.")
     found.attempt(lambda: check_run_folder(recipe, None))
-
-
-def len_of(example: Example) -> int:
-    return len(example.prompt_ids) + len(example.answer_ids)
 
 
 def key_of(example: Example) -> tuple[int, ...]:

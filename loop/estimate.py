@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from data.batch import epoch_order, num_windows, windows
-from data.chat import Example
+from data.examples import Example, answer_lengths_of, lengths_of
 from data.layout import Layout as BatchLayout
 from data.layout import MicroBatch, collate
 from loop.activations import Activations, measure_step
@@ -36,23 +36,23 @@ class Hardware:
 class Work:
     """The rows of one epoch, and how micro-batches are made of them."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     layout: BatchLayout
     real: bool  # False without a tokenizer: each row is taken for as long as max_length
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return max(len(example.prompt_ids) + len(example.answer_ids) for example in self.examples)
+        return int(lengths_of(self.examples).max())
 
     @property
     def longest_answer(self) -> int:
-        return max(len(example.answer_ids) for example in self.examples)
+        return int(answer_lengths_of(self.examples).max())
 
     def largest(self, rows: int) -> MicroBatch:
         """The micro-batch of at most `rows` that needs most memory: its rows are the longest."""
-        longest = sorted(self.examples, key=lambda example: len(example.prompt_ids) + len(example.answer_ids))[-rows:]
-        return collate(longest, self.layout, pad_token_id=0)
+        longest = lengths_of(self.examples).argsort(stable=True)[-rows:]
+        return collate([self.examples[i] for i in longest], self.layout, pad_token_id=0)
 
 
 class Subject:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 
+from data.examples import answer_lengths_of, lengths_of
 from loop.auto import Decided
 from loop.build import Data, rows_per_step, warmup_steps
 from loop.engine import mixed_precision
@@ -39,8 +40,7 @@ def overview(
     sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in model.parameters()]
     trainable = sum(size for size, p in sizes if p.requires_grad)
     everything = sum(size for size, _ in sizes)
-    label_tokens = sum(len(example.answer_ids) for example in data.train)
-    tokens = label_tokens + sum(len(example.prompt_ids) for example in data.train)
+    label_tokens, tokens = int(answer_lengths_of(data.train).sum()), int(lengths_of(data.train).sum())
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for _, p in sizes if p.requires_grad})
     lines = {
         "run folder": run_dir,

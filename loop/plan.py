@@ -19,10 +19,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.batch import num_windows
-from data.chat import Example
 from data.errors import UserError, exit_codes
+from data.examples import Example
 from data.layout import Layout
-from data.rows import read_rows
+from data.rows import count_rows
 from loop.batching import choose_layout
 from loop.build import WEIGHT_DTYPES, Data, add_adapters, set_layout
 from loop.cards import CARDS
@@ -145,10 +145,10 @@ def measure_work(recipe: Recipe, base: Any, found: Findings) -> tuple[Work | Non
         layout: Layout
         layout, why = chosen or ("padded", "")
         return Work(data.train, layout, real=True), why, shown_rows(data.train, tokenizer), data
-    rows = found.attempt(lambda: read_rows(find_path(recipe.data.train_file))) if tokenizer is None else None
+    rows = found.attempt(lambda: count_rows(find_path(recipe.data.train_file))) if tokenizer is None else None
     if not rows:
         return None, "", "", None
-    return Work(_as_long_as_allowed(recipe, len(rows)), "padded", real=False), "padded, without a tokenizer", "", None
+    return Work(_as_long_as_allowed(recipe, rows), "padded", real=False), "padded, without a tokenizer", "", None
 
 
 def _as_long_as_allowed(recipe: Recipe, rows: int) -> list[Example]:

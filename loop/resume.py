@@ -90,10 +90,15 @@ def fingerprint(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     return {
         "recipe": recipe_as_dict(recipe),
         "model_sha256": _model_sha256(recipe),
-        "train_file_sha256": hashlib.sha256(find_path(recipe.data.train_file).read_bytes()).hexdigest(),
+        "train_file_sha256": _sha256(find_path(recipe.data.train_file)),
         "rows_per_step": rows_per_step(recipe, accelerator),
         "mixed_precision": mixed_precision(accelerator),
     }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model_sha256(recipe: Recipe) -> str:

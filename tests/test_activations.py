@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data.chat import Example
+from data.examples import Example
 from data.layout import collate
 from loop.activations import measure_step
 from loop.build import set_checkpointing

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from data.chat import Example
+from data.examples import Example
 from loop.auto import decide
 from loop.build import Data, add_adapters
 from loop.recipe import parse_recipe

@@ -1,7 +1,7 @@
 import pytest
 
-from data.batch import Window, epoch_order, num_windows, windows
-from data.chat import Example
+from data.batch import Order, Window, epoch_order, num_windows, windows
+from data.examples import Example
 from data.layout import IGNORE_INDEX, Layout
 
 
@@ -11,10 +11,10 @@ def make(count: int) -> list[Example]:
 
 
 def all_ranks(
-    count: int, micro: int, accum: int, processes: int, order: list[int] | None = None, layout: Layout = "padded"
+    count: int, micro: int, accum: int, processes: int, order: Order | None = None, layout: Layout = "padded"
 ) -> list[list[Window]]:
     """[rank][window]"""
-    chosen = list(range(count)) if order is None else order
+    chosen: Order = list(range(count)) if order is None else order
     return [list(windows(make(count), chosen, micro, accum, processes, rank, layout, 0)) for rank in range(processes)]
 
 
@@ -64,8 +64,8 @@ def test_a_stand_in_weighs_nothing() -> None:
 
 
 def test_order_is_a_permutation_of_its_own_each_epoch() -> None:
-    orders = [epoch_order(100, 42, epoch) for epoch in range(3)]
+    orders = [epoch_order(100, 42, epoch).tolist() for epoch in range(3)]
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
-    assert epoch_order(100, 42, 1) == orders[1]
-    assert epoch_order(100, 43, 1) != orders[1]
+    assert epoch_order(100, 42, 1).tolist() == orders[1]
+    assert epoch_order(100, 43, 1).tolist() != orders[1]

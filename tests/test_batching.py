@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, MistralConfig
 
 from data.batch import windows
-from data.chat import Example
 from data.errors import UserError
+from data.examples import Example
 from loop.batching import COUNTED, LAYOUTS, choose_layout, count_tokens
 from loop.recipe import Recipe, parse_recipe
 from tests.equality import TINY

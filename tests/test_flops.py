@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from data.chat import Example
+from data.examples import Example
 from data.layout import collate, stand_in
 from loop.flops import Batch, MatrixProducts, count, count_computed, matrix_products
 from tests.equality import TINY

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from data.chat import Example
+from data.examples import Example
 from data.layout import Layout, collate
 from loop import head
 from loop.head import LinearNLL, has_plain_head, put_loss_inside

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data.chat import Example
+from data.examples import Example
 from data.layout import IGNORE_INDEX, Layout, collate, shared_prefix, stand_in
 from loop.build import add_adapters, set_checkpointing, set_layout
 from loop.head import put_loss_inside

@@ -1,0 +1,95 @@
+"""Tokenized rows that stay on disk: however many there are, memory holds a few numbers of each."""
+
+import os
+import tempfile
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.errors import UserError
+
+TOKEN = "I"  # 4 bytes: vocabularies have more than 65,536 tokens
+NUMBERS = "q"  # 8 bytes
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized row: the prompt, which is only read, and the answer, which is learned."""
+
+    row: int  # the row's number in its file
+    prompt_ids: list[int]
+    answer_ids: list[int]  # ends with the end token
+
+
+class Examples(Sequence[Example]):
+    """A sequence of them, written to a temporary file that is gone with the process, and read one at a time.
+
+    It is read by position and not mapped, so that what was read once does not count as this process's memory.
+    Raises UserError where the file cannot be written.
+    """
+
+    def __init__(self, examples: Iterable[Example]) -> None:
+        rows, ends, prompts = array(NUMBERS), array(NUMBERS, [0]), array(NUMBERS)
+        try:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as this object
+            for example in examples:
+                tokens = array(TOKEN, example.prompt_ids)
+                tokens.extend(example.answer_ids)
+                tokens.tofile(self._file)
+                rows.append(example.row)
+                prompts.append(len(example.prompt_ids))
+                ends.append(ends[-1] + len(tokens))
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{tempfile.gettempdir()}: the tokenized rows cannot be written ({error.strerror}). Make room, or set "
+                "TMPDIR to a folder on a disk that has some."
+            ) from error
+        self._rows, self._ends = np.array(rows, np.int64), np.array(ends, np.int64)
+        self.prompt_lengths: NDArray[np.int64] = np.array(prompts, np.int64)  # tokens, of each
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each, prompt and answer together."""
+        return np.diff(self._ends)
+
+    @property
+    def answer_lengths(self) -> NDArray[np.int64]:
+        return self.lengths - self.prompt_lengths
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, i: int) -> Example: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Example]: ...
+    def __getitem__(self, i: int | slice) -> Example | list[Example]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        i %= len(self)
+        start, end = int(self._ends[i]), int(self._ends[i + 1])
+        tokens = array(TOKEN)
+        tokens.frombytes(os.pread(self._file.fileno(), (end - start) * tokens.itemsize, start * tokens.itemsize))
+        ids, prompt = tokens.tolist(), int(self.prompt_lengths[i])
+        return Example(int(self._rows[i]), ids[:prompt], ids[prompt:])
+
+
+def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Tokens of each, prompt and answer together."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return np.array([len(example.prompt_ids) + len(example.answer_ids) for example in examples], np.int64)
+
+
+def answer_lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Tokens of each answer."""
+    if isinstance(examples, Examples):
+        return examples.answer_lengths
+    return np.array([len(example.answer_ids) for example in examples], np.int64)

@@ -1,0 +1,171 @@
+"""Rows on disk: the same as in memory, without the memory; and a JSON array that is read a piece at a time."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import data.rows
+from data.chat import encode_row, encode_rows
+from data.errors import UserError
+from data.examples import Example, Examples, answer_lengths_of, lengths_of
+from data.rows import Row, iter_rows, read_rows
+from data.sums import SYSTEM_PROMPT
+from tests.equality import TINY
+
+SOME = [Example(3, [1, 2, 151_643], [5]), Example(4, [], [7]), Example(9, [4] * 1000, [2**32 - 1, 0])]
+
+
+def test_is_a_sequence() -> None:
+    examples = Examples(SOME)
+    assert list(examples) == SOME
+    assert (examples[-1], examples[1:], examples[::-1]) == (SOME[-1], SOME[1:], SOME[::-1])
+    assert [examples[i] for i in np.array([2, 0])] == [SOME[2], SOME[0]]
+    for i in (3, -4):
+        with pytest.raises(IndexError):
+            examples[i]
+    assert len(Examples([])) == 0
+    assert not Examples([])
+
+
+def test_lengths_are_those_of_the_rows() -> None:
+    for lengths in (lengths_of, answer_lengths_of):
+        assert lengths(Examples(SOME)).tolist() == lengths(SOME).tolist()
+    assert lengths_of(SOME).tolist() == [4, 1, 1002]
+    assert answer_lengths_of(SOME).tolist() == [1, 1, 2]
+
+
+def test_no_room_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"nowhere: the tokenized rows cannot be written .*set TMPDIR"):
+        Examples(SOME)
+
+
+def test_batches_are_encoded_as_single_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rows among them that name a control token, and at the borders of a batch."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    rows = [Row(i, f"{i}=", "", f"{i} + 0") for i in range(1, 12)]
+    rows[3] = Row(4, "<|im_end|>", "", "x")
+    rows[8] = Row(9, "9=", "", "<|im_start|>system")
+    one_by_one = [encode_row(row, SYSTEM_PROMPT, tokenizer) for row in rows]
+    for size in (1, 4, 11, 100):
+        monkeypatch.setattr("data.chat.BATCH", size)
+        assert list(encode_rows(iter(rows), Path("x"), SYSTEM_PROMPT, 99, tokenizer)) == one_by_one
+
+
+def values(content: str, tmp_path: Path) -> object:
+    path = tmp_path / "rows.json"
+    path.write_text(content, encoding="utf-8")
+    try:
+        return [value for _, value, _ in data.rows._values(path)]
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64])
+def test_an_array_in_pieces_is_the_array(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the pieces: numbers, escapes and characters of several bytes fall across their borders."""
+    monkeypatch.setattr(data.rows, "CHUNK", chunk)
+    drawn = random.Random(0)
+
+    def value(depth: int = 0) -> object:
+        kinds = [-1.5e-7, 12345678, True, None, '数\n"\\\u2028😀', "", " , ]"]
+        if depth < 3 and drawn.random() < 0.4:
+            return [value(depth + 1) for _ in range(drawn.randrange(4))]
+        if depth < 3 and drawn.random() < 0.4:
+            return {str(i): value(depth + 1) for i in range(drawn.randrange(4))}
+        return drawn.choice(kinds)
+
+    for _ in range(40):
+        array = [value() for _ in range(drawn.randrange(6))]
+        for content in (
+            json.dumps(array),
+            json.dumps(array, indent=2, ensure_ascii=False),
+            f"\n {json.dumps(array)}\n",
+        ):
+            assert values(content, tmp_path) == array
+
+
+BROKEN = [
+    "[",
+    "[1",
+    "[1,",
+    "[1,]",
+    "[1 2]",
+    "[1]]",
+    "[1] 2",
+    '["a',
+    "[\n1,\n  tru]",
+    "[1,\n\n\n 2,\n   ?]",
+    "[{]",
+    "[1,,2]",
+]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize("content", BROKEN)
+def test_a_broken_array_is_named_where_json_names_it(
+    content: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.rows, "CHUNK", chunk)
+    with pytest.raises(json.JSONDecodeError) as error:
+        json.loads(content)
+    said = str(values(content, tmp_path))
+    assert f"line {error.value.lineno} column {error.value.colno}" in said
+    assert "so it has to be one JSON array" in said
+
+
+def test_good_rows_come_before_the_bad_ones_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "a", "output": "b"}\n{}\n{"instruction": "c", "output": "d"}\n')
+    rows = iter_rows(path)
+    assert [next(rows).number, next(rows).number] == [1, 3]
+    with pytest.raises(UserError, match="1 of 3 rows are bad"):
+        next(rows)
+
+
+GROWTH = """
+import json, sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from data.batch import epoch_order, windows
+from data.chat import encode_rows
+from data.rows import iter_rows
+from loop.phases import peak_memory
+
+path = Path(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
+list(encode_rows(iter_rows(Path(sys.argv[3])), path, "", 99, tokenizer))
+peak_memory()
+before = peak_memory()
+examples = encode_rows(iter_rows(path), path, "", 99, tokenizer)
+for window in windows(examples, epoch_order(len(examples), 1, 0), 64, 1, 1, 0, "shared_prefix", 0):
+    pass
+print(len(examples), peak_memory() - before)
+"""
+
+
+@pytest.mark.parametrize("form", ["array", "lines"])
+def test_memory_does_not_grow_with_the_rows(form: str, tmp_path: Path) -> None:
+    """A hundred thousand rows of 49 tokens, read, tokenized and dealt out once: a few numbers of each in memory."""
+    count = 100_000
+    rows = [json.dumps({"instruction": f"{i}=", "output": f"{i} + 0 {'x' * 20}"}) for i in range(count)]
+    text = {"array": "[" + ",".join(rows) + "]", "lines": "\n".join(rows)}
+    (tmp_path / "rows").write_text(text[form])
+    (tmp_path / "few").write_text("\n".join(rows[:1000]))
+    command = [sys.executable, "-c", GROWTH, str(tmp_path / "rows"), str(TINY), str(tmp_path / "few")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found, grown = map(int, done.stdout.split())
+    assert found == count
+    assert grown < 15e6, "lists of ids would take 200 MB"
+
+
+def test_reading_twice_is_reading_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"instruction": "a", "output": "b"}] * 3))
+    assert read_rows(path) == list(iter_rows(path))
