@@ -1,11 +1,12 @@
 """One contender: python -m benchmarks.train_worker KIND FOLDER STEPS CHECKPOINTING [--KEY VALUE …]
 
-KIND is ours, trainer, trl or trl_packing; FOLDER a model with rows.json; STEPS those of a turn.
+KIND is ours, bare, trainer, trl or trl_packing; FOLDER a model with rows.json; STEPS those of a turn.
 """
 
 import importlib
 import sys
 import tempfile
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,38 +18,51 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 from benchmarks.turns import Turns
 from benchmarks.workload import load_rows
+from data.batch import epoch_order, windows
 from data.examples import Example
-from loop.build import Data
+from loop.build import Data, set_checkpointing, set_layout
+from loop.head import put_loss_inside
+from loop.lora import fuse_lora
 from loop.phases import ACCOUNT, STEP
 from loop.recipe import Recipe, parse_recipe
+from loop.step import summed_nll
 
 SOURCE, TARGET = 30, 20  # tokens the reference pads prompt and answer to; one more of padding stands behind
 PAD = 0
+LOSSES = 16  # steps of which the mean is shown
 RECIPE: Recipe = parse_recipe([])[1]
 
 
 class TakesTurns(TrainerCallback):
     def __init__(self, turns: Turns) -> None:
-        self.turns, self.loss = turns, float("nan")
+        self.turns, self.losses = turns, deque[float](maxlen=LOSSES)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.turns.before_step()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.turns.after_step(loss=self.loss)
+        self.turns.after_step(loss=mean_of(self.losses))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self.loss = (logs or {}).get("loss", self.loss)
+        if "loss" in (logs or {}):
+            self.losses.append(logs["loss"])
+
+
+def mean_of(losses: deque[float]) -> float:
+    return sum(losses) / len(losses) if losses else float("nan")
 
 
 def ours(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> None:
     import loop.train
     from loop.step import train_step
 
+    losses = deque[float](maxlen=LOSSES)
+
     def step(window: Any, *rest: Any) -> Any:
         turns.before_step()
         result = train_step(window, *rest)
-        turns.after_step(loss=float(result.nlls.sum()) / window.num_label_tokens, **cost_of_step())
+        losses.append(float(result.nlls.sum()) / window.num_label_tokens)
+        turns.after_step(loss=mean_of(losses), **cost_of_step())
         return result
 
     def data(*_: Any) -> Data:
@@ -77,6 +91,31 @@ def ours(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> Non
                 *more,
             ]
         )
+
+
+def bare(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> None:
+    """Forward, backward and AdamW on our batches with our model, and nothing else of our loop."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": device})
+    model.config.use_cache = False
+    set_layout(model, "shared_prefix")
+    set_checkpointing(model, checkpointing)
+    model = get_peft_model(model, lora()).train()
+    fuse_lora(model)
+    put_loss_inside(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.1)
+    examples = load_rows(folder)
+    for epoch in range(50):
+        for window in windows(examples, epoch_order(len(examples), 42, epoch), 16, 1, 1, 0, "shared_prefix", PAD):
+            turns.before_step()
+            with torch.autocast(device, torch.bfloat16):
+                nll = summed_nll(model, window.micro_batches[0].to(torch.device(device)))
+            (nll / window.num_label_tokens).backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            turns.after_step(loss=nll.item() / window.num_label_tokens)
 
 
 def cost_of_step() -> dict[str, float]:
@@ -158,7 +197,11 @@ def trl(folder: Path, turns: Turns, checkpointing: str, more: list[str], packing
         for example in load_rows(folder)
     ]
     longest = max(len(row["input_ids"]) for row in rows)
-    how: dict[str, Any] = {"packing": packing, "max_length": 16 * longest if packing else longest}
+    how: dict[str, Any] = {
+        "completion_only_loss": True,
+        "packing": packing,
+        "max_length": 16 * longest if packing else longest,
+    }
     if packing:  # as many rows as a micro-batch has, in one
         how["per_device_train_batch_size"] = 1
     with tempfile.TemporaryDirectory() as out:
@@ -172,7 +215,7 @@ def trl(folder: Path, turns: Turns, checkpointing: str, more: list[str], packing
         ).train()
 
 
-KINDS = {"ours": ours, "trainer": trainer, "trl": trl, "trl_packing": partial(trl, packing=True)}
+KINDS = {"ours": ours, "bare": bare, "trainer": trainer, "trl": trl, "trl_packing": partial(trl, packing=True)}
 
 
 def main(argv: list[str]) -> None:
