@@ -10,6 +10,7 @@ from typing import IO, Any
 from data.errors import UserError
 
 SHOWN = 10  # bad rows shown in an error
+BEHIND = tuple(" \t\r\n,]")  # a value in an array
 CHUNK = 2**20  # characters of a JSON array read at once, at least
 
 
@@ -192,12 +193,13 @@ class _Text:
                 if not self.more():
                     return self.decoder.raw_decode(self.text, self.at)[0]  # raises, with the right place
                 continue
-            if end < len(self.text):
-                self.at = end
-                return value
-            if not self.more():
-                self.at = len(self.text)
-                return value
+            if self.text[end : end + 1] not in BEHIND:  # also at the end of what has been read
+                rest = len(self.text) - end
+                if self.more():
+                    continue
+                end = len(self.text) - rest
+            self.at = end
+            return value
 
 
 def _decode(text: str, first_line: int) -> tuple[Any, str | None]:

@@ -59,7 +59,7 @@ def _choose_checkpointing(recipe: Recipe, model: Any, work: Work, accelerator: A
         need += held(layout, subject.base, subject.adapters)[1].total - int(CUDA_CONTEXT)
         has = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     short = largest_of_ranks(int(need > COMFORT * has), accelerator)  # collective
-    chosen = "non_reentrant" if short else "none"
+    chosen = subject.recomputation(layout) if short else "none"
     return chosen, f"{chosen} (auto): a step without would take {need / 1e9:.3g} of {has / 1e9:.3g} GB on a device"
 
 

@@ -176,9 +176,9 @@ def set_checkpointing(base: Any, kind: str) -> None:
     base.disable_input_require_grads()
     if kind != "none":
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
-    if kind != "none":
         layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
         layers[-1].gradient_checkpointing = False  # its backward pass is the first: what it kept would be gone at once
+    base.disable_input_require_grads()  # else what transformers has enabled by itself would be forgotten, not undone
     if kind == "reentrant":  # it computes gradients only for segments one of whose inputs wants one
         base.enable_input_require_grads()
 

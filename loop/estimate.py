@@ -68,17 +68,20 @@ class Subject:
     def products(self) -> MatrixProducts:
         return matrix_products(self.model)
 
-    @cached_property
-    def recomputing(self) -> Activations:
-        reentrant = self.recipe.gradient_checkpointing == "reentrant"
-        return self._measure("reentrant" if reentrant else "non_reentrant")
-
-    @cached_property
-    def keeping(self) -> Activations:
-        return self._measure("none")
-
-    def _measure(self, checkpointing: str) -> Activations:
+    @cache  # noqa: B019  # a plan has one subject, or a few
+    def activations(self, checkpointing: str) -> Activations:
         return measure_step(self.model, self.work.largest(self.recipe.micro_batch_size), checkpointing)
+
+    def recomputation(self, layout: Layout) -> str:
+        """The kind of gradient checkpointing, where there is any.
+
+        Where the recipe does not say: at stage 3 reentrant, which gathers every weight once less (docs/zero.md);
+        elsewhere the kind that PyTorch advises.
+        """
+        said = self.recipe.gradient_checkpointing
+        if said in ("reentrant", "non_reentrant"):
+            return said
+        return "reentrant" if layout.stage == 3 and layout.processes > 1 else "non_reentrant"
 
     def gathered(self, layout: Layout, activations: Activations) -> Gathered:
         sizes = [layout.size(key) for key in SIZES]
@@ -173,7 +176,6 @@ def estimate(subject: Subject, launch: Launch, hardware: Hardware) -> Estimate:
     steps, tokens, computed = subject.epoch(n)
     sent = traffic(layout, subject.adapters, subject.recipe.grad_accum_steps, peak.gathers)
     flops = subject.products.computed_flops(computed, recomputes) / steps
-    chosen = subject.recomputing if recomputes else subject.keeping
     return Estimate(
         launch=launch,
         device=device,
@@ -182,7 +184,7 @@ def estimate(subject: Subject, launch: Launch, hardware: Hardware) -> Estimate:
         activations=peak.activations,
         activations_recomputing=peaks[True].activations,
         activations_keeping=peaks[False].activations,
-        logits=chosen.logits,
+        logits=peak.logits,
         gathered=peak.gathered,
         gathered_bytes=layout.weight_bytes * peak.gathers * subject.recipe.grad_accum_steps,
         device_peak=peak.device,
@@ -203,13 +205,14 @@ class Peak:
 
     device: int
     activations: int  # at their highest, with what ZeRO-3 has gathered by then
+    logits: int  # of the activations
     gathered: int = 0  # weights gathered by ZeRO-3, at most
     gathers: int = 0  # elements, in a micro-batch's forward and backward pass
 
 
 def peak_of_step(subject: Subject, layout: Layout, recomputes: bool) -> Peak:
     """What a rank's device needs, with gradient checkpointing or without."""
-    activations = subject.recomputing if recomputes else subject.keeping
+    activations = subject.activations(subject.recomputation(layout) if recomputes else "none")
     device = held(layout, subject.base, subject.adapters)[0]
     peak, live, gathers = activations.peak, 0, 0
     if layout.stage == 3 and (layout.processes > 1 or layout.offloads("param")):
@@ -218,7 +221,7 @@ def peak_of_step(subject: Subject, layout: Layout, recomputes: bool) -> Peak:
     in_backward = layout.weight_bytes * sum(subject.adapters) + peak
     rest = device.total - device.gradients
     most = CUDA_CONTEXT + rest + max(device.gradients + device.temporary, in_backward)
-    return Peak(int(most), peak, live, gathers)
+    return Peak(int(most), peak, activations.logits, live, gathers)
 
 
 def _host(layout: Layout, base: Sequence[int], on_host: Held) -> tuple[int, int]:

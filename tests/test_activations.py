@@ -78,6 +78,15 @@ def test_recomputing_keeps_one_input_a_layer() -> None:
     assert kept[0] - kept[1] == 2 * ROWS * TOKENS * 128 * 2
 
 
+def test_one_kind_leaves_nothing_behind_for_the_next() -> None:
+    model = adapted("meta", torch.bfloat16)
+    kinds = ("none", "reentrant", "non_reentrant", "none", "reentrant")
+    measured = [measure_step(model, BATCH, kind) for kind in kinds]
+    assert measured[0] == measured[3]
+    assert measured[1] == measured[4]
+    assert measured[0] != measured[1]
+
+
 def test_events_are_the_modules_in_order() -> None:
     """Each module begins and ends in the forward pass, and in the backward pass in the opposite order."""
     planned = measure_step(adapted("meta", torch.bfloat16), BATCH, "none")

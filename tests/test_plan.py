@@ -66,14 +66,19 @@ def test_stage_3_with_offload_needs_least_gpu_and_most_host_memory(reference: di
     assert ours["host_steady"] / 2 == pytest.approx(27_213e6, rel=0.06)
 
 
-def test_recommends_stage_3_without_offload(reference: dict[str, Any]) -> None:
+def test_recommends_stage_3_without_offload(reference: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert reference["recommended"] == {"name": "zero3", "processes": 2}
     one = reference["by_name"]["zero3"]
     assert one["device"]["base"] == pytest.approx(14.8e9, rel=0.01)
     assert one["traffic"]["host_bus"] == 0
-    # every weight of a layer forward, recomputed, and, released with the first module of its layer, once more backward;
-    # half of each from the other rank
-    assert one["traffic"]["interconnect"] == pytest.approx(3 * 13.2e9 * 2 / 2, rel=0.1)
+    # Activations fit, so every weight of a layer is gathered twice, forward and backward; half of each from the other
+    # rank. Recomputing gathers it once more, since it is released with the first module of its layer.
+    assert not one["recomputes"]
+    assert one["traffic"]["interconnect"] == pytest.approx(2 * 13.2e9 * 2 / 2, rel=0.1)
+    zero3 = ["--accel", str(CONFIGS / "zero3.yaml"), "--gradient_checkpointing", "non_reentrant"]
+    (recomputing,) = planned([*REFERENCE, *ITS_HARDWARE, *zero3], capsys)["estimates"]
+    assert recomputing["recomputes"]
+    assert recomputing["traffic"]["interconnect"] == pytest.approx(3 * 13.2e9 * 2 / 2, rel=0.1)
 
 
 def test_steps_tokens_and_rates(reference: dict[str, Any]) -> None:
