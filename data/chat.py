@@ -139,5 +139,8 @@ def encode_batch(
 
 
 def _ids_of_all(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    if not texts:
+        return []
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    encoded: list[list[int]] = tokenizer(texts, **options)["input_ids"]
     return encoded

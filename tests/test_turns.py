@@ -1,0 +1,62 @@
+"""Contenders of a benchmark take turns, one at a time, and one that dies is named with what it said."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.turns import spread, take_turns
+
+CONTENDER = """
+import sys, time
+from pathlib import Path
+from benchmarks.turns import Turns
+name, log, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+turns = Turns(steps)
+for step in range(1000):
+    turns.before_step()
+    if name == "dies" and step == 2:
+        sys.exit("I was not up to it")
+    with log.open("a") as file:
+        file.write(f"{name} begins\\n")
+        time.sleep(0.01)
+        file.write(f"{name} ends\\n")
+    turns.after_step(step=step)
+"""
+
+
+def command(name: str, log: Path, steps: int = 2) -> list[str]:
+    return [sys.executable, "-c", CONTENDER, name, str(log), str(steps)]
+
+
+def test_one_at_a_time_and_in_order(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    found = take_turns({name: command(name, log) for name in ("a", "b", "c")}, rounds=3, threads=1)
+    expected = [f"{name} {what}" for _ in range(4) for name in "abc" for _ in range(2) for what in ("begins", "ends")]
+    assert log.read_text().split("\n")[:-1] == expected
+    for measured in found.values():
+        assert len(measured.seconds) == 3, "the first turn does not count"
+        assert all(seconds >= 0.02 for seconds in measured.seconds)
+        assert measured.notes == {"step": 7}
+
+
+def test_ranks_of_a_contender_go_together(tmp_path: Path) -> None:
+    alone = command("x", tmp_path / "log")
+    both = f"import subprocess; [each.wait() for each in [subprocess.Popen({alone!r}) for _ in 'ab']]"
+    found = take_turns({"x": [sys.executable, "-c", both]}, rounds=1, threads=1, ranks={"x": 2})
+    assert len(found["x"].seconds) == 1
+    assert (tmp_path / "log").read_text().count("x ends") == 2 * 2 * 2
+
+
+def test_one_that_dies_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"dies ended:\n(.*\n)*I was not up to it"):
+        take_turns({name: command(name, tmp_path / "log") for name in ("a", "dies")}, rounds=3, threads=1)
+
+
+def test_one_that_does_not_start_is_named() -> None:
+    with pytest.raises(SystemExit, match=r"bad did not start:\n(.*\n)*nonsense"):
+        take_turns({"bad": [sys.executable, "-c", "raise SystemExit('nonsense')"]}, rounds=1, threads=1)
+
+
+def test_spread() -> None:
+    assert spread([3.0, 1.0, 2.5]) == "2.5 (1 to 3)"
