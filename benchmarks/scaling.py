@@ -27,7 +27,7 @@ ABOUT = """The compute-bound model (80 M parameters, bf16) with 8 rows of 20 + 1
 recipe's defaults, stage 0; one of its sizes at a time is changed. The points of a line take turns; medians. Factors are
 against the first point of a line. Memory is resident, with Python and its libraries."""
 ABOUT_DATA = """The data alone: a JSONL file is read, tokenized with the embedded tokenizer, dealt out once in the order
-of an epoch, on one core. Memory is what the process takes beyond a run of a thousand rows."""
+of an epoch. Memory is what the process takes beyond a run of a thousand rows."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ class TakesTurns(TrainerCallback):
         self.turns.before_step()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.turns.after_step(loss=mean_of(self.losses))
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        self.turns.after_step(loss=mean_of(self.losses), peak_bytes=peak)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in (logs or {}):

@@ -41,19 +41,21 @@ class Turns:
     def __init__(self, steps: int) -> None:
         self.connection = Client(os.environ[ADDRESS], family="AF_UNIX")
         self.steps, self.left, self.begun = steps, 0, 0.0
+        self.notes: dict[str, Any] = {}
 
     def before_step(self) -> None:
-        """Waits for its turn before the first step of one; ends the process after the last."""
+        """Before a turn's first step: says what the turn before took, all that came after its last step included, and
+        waits for its own; ends the process after the last."""
         if self.left == 0:
+            if self.begun:
+                self.connection.send((time.perf_counter() - self.begun, self.notes))
             if self.connection.recv() == "stop":
                 sys.stdout.flush()
                 os._exit(0)
             self.begun, self.left = time.perf_counter(), self.steps
 
     def after_step(self, **notes: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.connection.send((time.perf_counter() - self.begun, notes))
+        self.left, self.notes = self.left - 1, notes
 
 
 def take_turns(
@@ -71,7 +73,7 @@ def take_turns(
             for number, (name, command) in enumerate(commands.items()):
                 address = f"{folder}/{number}"
                 with Listener(address, family="AF_UNIX", backlog=8) as listener:
-                    environment = {**os.environ, ADDRESS: address, "OMP_NUM_THREADS": str(threads)}
+                    environment = {**os.environ, ADDRESS: address, "OMP_NUM_THREADS": str(threads), "TMPDIR": folder}
                     log = Path(folder, f"{number}.log")
                     with log.open("w") as out:
                         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)

@@ -36,7 +36,7 @@ class Apart:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B rows of T tokens; one row where `apart` is given.
+    """B rows of T tokens; where `apart` is given, one in which all examples stand.
 
     labels holds the token ids of the answers, each in its token's own place, and IGNORE_INDEX elsewhere.
     """
@@ -65,7 +65,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         moved: dict[str, Any] = {name: value.to(device) for name, value in self.inputs.items()}
-        moved |= {name: getattr(self, name).to(device) for name in ("labels", "predicts", "label_ids")}
+        moved |= {name: getattr(self, name).to(device) for name in ("predicts", "label_ids")}  # no step needs labels
         return replace(self, **moved)
 
 
@@ -140,7 +140,7 @@ def _in_one_row(examples: Sequence[Example], prefix: int) -> MicroBatch:
         labels=in_one_row,
         **_predictions(in_one_row),
         attention_mask=None,
-        apart=_apart(prefix, own) if len(examples) > 1 else None,
+        apart=_apart(prefix, own),
         rows=[example.row for example in examples],
         prefix=prefix,
         own=own,

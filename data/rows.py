@@ -82,7 +82,9 @@ def _values(path: Path) -> Iterator[tuple[int, Any, str | None]]:
         raise UserError(f"{path}: is not a file. Give the path of a .json or .jsonl file.")
     try:
         with path.open(encoding="utf-8-sig") as file:
-            begins = next((line for line in file if line.strip()), "").lstrip()[:1]
+            begins = ""
+            while not begins and (read := file.read(CHUNK)):
+                begins = read.lstrip()[:1]
             file.seek(0)
             if begins == "[":
                 for number, value in enumerate(array_elements(file, path), start=1):

@@ -1,5 +1,9 @@
-"""Greedy decoding of many prompts at once: what they share is computed once, and a row that has ended costs no more."""
+"""Greedy decoding of many prompts at once: what they share is computed once, and a row that has ended costs no more.
 
+Models whose padding would count (a state, a window shorter than the text) get one prompt at a time instead.
+"""
+
+import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -32,9 +36,12 @@ def decode(
     `prompts` are token ids, none of them empty. Prompts of similar length are batched, the longest first; batch_size
     None takes what fits into memory.
     """
-    shared = common_prefix(prompts) if len(prompts) > 1 else 0
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    batch_size = batch_size or size_that_fits(model, len(prompts[order[0]]) + max_new_tokens)
+    longest = len(prompts[order[0]]) + max_new_tokens
+    if why_alone(model, longest):
+        return [_decode_alone(model, prompt, max_new_tokens, end_token, progress) for prompt in prompts]
+    shared = common_prefix(prompts) if len(prompts) > 1 else 0
+    batch_size = batch_size or size_that_fits(model, longest)
     prefix = None
     if shared:
         ids = torch.tensor([prompts[0][:shared]], device=model.device)
@@ -43,11 +50,13 @@ def decode(
     start = 0
     while start < len(order):
         batch = order[start : start + batch_size]
+        found = None
         try:
             found = _decode_batch(model, prefix, shared, [prompts[i] for i in batch], max_new_tokens, end_token)
         except torch.cuda.OutOfMemoryError:
             if batch_size == 1:
                 raise
+        if found is None:  # here, where the exception no longer holds what did not fit
             batch_size = max(1, batch_size // 2)
             torch.cuda.empty_cache()
             continue
@@ -56,6 +65,35 @@ def decode(
         start += len(batch)
         progress(len(batch))
     return answers
+
+
+def why_alone(model: Any, longest: int) -> str | None:
+    """Why prompts of this model cannot be batched behind a prefix: padding between would count. None: they can."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])  # not said: those that look back least
+    if kinds - {"full_attention", "sliding_attention"} or model._is_stateful:
+        return "it has layers that carry a state"
+    window = getattr(config, "sliding_window", None)
+    if window and longest > window and kinds != {"full_attention"}:
+        return f"its attention looks {window} tokens back"
+    return None
+
+
+def _decode_alone(model: Any, prompt: list[int], max_new_tokens: int, end_token: int, progress: Progress) -> list[int]:
+    ids = torch.tensor([prompt], device=model.device)
+    settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_token,
+        pad_token_id=end_token,
+        repetition_penalty=1.0,  # a checkpoint's own generation_config may say otherwise
+        **settings,
+    )
+    answer: list[int] = output[0, len(prompt) :].tolist()
+    progress(1)
+    return answer
 
 
 def _decode_batch(
@@ -117,7 +155,11 @@ def size_that_fits(model: Any, tokens: int) -> int:
     """Rows of at most `tokens` tokens whose keys, values and logits fit into the free memory."""
     config = model.config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * model.dtype.itemsize * tokens
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize * tokens
     row = OVERHEAD * cached + 2 * 4 * config.vocab_size + 8 * tokens * config.hidden_size * model.dtype.itemsize
-    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(MOST, int(SHARE * free / row)))

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict
@@ -80,6 +81,8 @@ def ask(question: Question) -> Asked:
     if question.backend == "vllm":
         answers, num_tokens, seconds = ask_vllm(question)
         return Asked(answers, num_tokens, seconds, None, None)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # whose memory is measured, and waited for
     memory = PeakMemory()
     tokenizer = load_tokenizer(question.model, question.trust_remote_code)
     model = load_model(question.model, question.adapter, question.merge, question.trust_remote_code)

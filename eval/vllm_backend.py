@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +38,10 @@ def check_vllm(verify: int, no_merge: bool) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
             "--backend vllm: vLLM is not installed. Run: pip install -e '.[vllm]', on a machine with a GPU."
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "--backend vllm spreads over the GPUs itself: run python -m eval.run without accelerate launch."
         )
     if verify or no_merge:
         raise UserError("--backend vllm goes neither with --verify nor with --no-merge: leave these out.")

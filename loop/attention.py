@@ -26,9 +26,11 @@ def attention_by_row(
 
     query is [1, heads, T, head size], key and value the same with as many heads as they have. A row's padding
     stands behind its tokens, and a query sees only what stands before it: padding needs no mask.
+
+    Raises RuntimeError where a model does not pass `apart` on to its attention.
     """
-    if apart is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if apart is None:  # then rows would see each other
+        raise RuntimeError(f"{type(module).__name__} was not told which rows to keep apart")
     n = apart.prefix
     parts = []
     if n:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from data.errors import UserError
 from data.examples import lengths_of
 from data.layout import Layout
 from loop.batching import choose_layout
@@ -35,7 +36,8 @@ def decide(recipe: Recipe, data: Data, model: Any, accelerator: Accelerator) -> 
 
     Raises UserError when the recipe says what cannot be.
     """
-    layout, why = choose_layout(recipe, data.train, model.get_base_model(), accelerator.num_processes)
+    base = model.get_base_model()
+    layout, why = choose_layout(recipe, data.train, base, accelerator.num_processes, data.validation)
     checkpointing: str = recipe.gradient_checkpointing
     reason = checkpointing
     if checkpointing == "auto":
@@ -52,7 +54,10 @@ def _choose_checkpointing(recipe: Recipe, model: Any, work: Work, accelerator: A
     set_layout(model.get_base_model(), work.layout)
     subject = Subject(recipe, model.to(WEIGHT_DTYPES[precision]), work)
     layout = _zero_layout(recipe, model, precision, accelerator)
-    need = peak_of_step(subject, layout, recomputes=False).device
+    try:
+        need = peak_of_step(subject, layout, recomputes=False).device
+    except UserError as error:  # on all ranks alike
+        return subject.recomputation(layout), f"{subject.recomputation(layout)} (auto): {error}"
     if accelerator.device.type == "cuda":
         has = torch.cuda.get_device_properties(accelerator.device).total_memory
     else:

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import torch
+
 from data.batch import Order, deal, epoch_order
 from data.errors import UserError
 from data.examples import Example, lengths_of
-from data.layout import Layout, shared_prefix
+from data.layout import Layout, collate, shared_prefix
+from loop.attention import BY_ROW
 from loop.head import has_plain_head
 from loop.recipe import Recipe
 
@@ -28,13 +31,16 @@ class Tokens:
         return self.real + self.padding - self.shared
 
 
-def choose_layout(recipe: Recipe, examples: Sequence[Example], base: Any, num_processes: int) -> tuple[Layout, str]:
+def choose_layout(
+    recipe: Recipe, examples: Sequence[Example], base: Any, num_processes: int, validation: Sequence[Example] = ()
+) -> tuple[Layout, str]:
     """The recipe's, or for auto that with the fewest tokens to compute of those that the model `base` can do; and why.
 
-    Raises UserError when the recipe wants one that it cannot do.
+    `base` lies on the meta device. Raises UserError when the recipe wants one that it cannot do.
     """
     said = recipe.batching
-    problem = why_not_in_one_row(recipe, examples, base)
+    longest = max(int(lengths_of(rows).max()) for rows in (examples, validation) if rows)
+    problem = why_not_in_one_row(recipe, longest, base)
     if said in ("packed", "shared_prefix") and problem:
         raise UserError(f"batching: {said} does not work here, because {problem}. Use padded, or auto.")
     rows_per_step = recipe.micro_batch_size * recipe.grad_accum_steps * num_processes
@@ -66,8 +72,8 @@ def count_tokens(
     return Tokens(real, padding, shared)
 
 
-def why_not_in_one_row(recipe: Recipe, examples: Sequence[Example], base: Any) -> str | None:
-    """What keeps rows of this model from standing behind one another in one; None where they may."""
+def why_not_in_one_row(recipe: Recipe, longest: int, base: Any) -> str | None:
+    """What keeps rows of this model, of `longest` tokens at most, from standing behind one another; None: nothing."""
     config = base.config.get_text_config()
     if recipe.model.attn_implementation != "sdpa":
         return f"model.attn_implementation is {recipe.model.attn_implementation}, and only sdpa keeps rows apart"
@@ -77,7 +83,22 @@ def why_not_in_one_row(recipe: Recipe, examples: Sequence[Example], base: Any) -
     if kinds - {"full_attention", "sliding_attention"} or base._is_stateful:
         return f"{type(base).__name__} has layers that carry a state from row to row"
     window = getattr(config, "sliding_window", None)
-    longest = int(lengths_of(examples).max())
     if window and longest > window and kinds != {"full_attention"}:
         return f"its attention looks {window} tokens back, and the longest row has {longest}"
-    return None
+    return None if _keeps_apart(base) else f"{type(base).__name__} does not tell its attention which rows to keep apart"
+
+
+def _keeps_apart(base: Any) -> bool:
+    """Whether each attention layer is told; tried out. Some decoders keep keyword arguments to themselves."""
+    before = base.config._attn_implementation
+    rows = [Example(1, [0, 1], [2]), Example(2, [0, 3], [4, 5])]
+    batch = collate(rows, "shared_prefix", pad_token_id=0).to(torch.device("meta"))
+    try:
+        base.set_attn_implementation(BY_ROW)
+        with torch.no_grad():
+            getattr(base, base.base_model_prefix)(**batch.inputs, use_cache=False)
+    except Exception:  # it was not told, or wants more than it gets here
+        return False
+    finally:
+        base.set_attn_implementation(before)
+    return True

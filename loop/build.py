@@ -151,7 +151,6 @@ def build_model(recipe: Recipe, layout: Layout, checkpointing: str, accelerator:
     """
     base = _open_model(recipe, dtype=WEIGHT_DTYPES[mixed_precision(accelerator)])
     base.config.use_cache = False  # a cache is of no use in training
-    set_checkpointing(base, checkpointing)
     set_layout(base, layout)
     set_seed(recipe.seed)  # here, so that the initial adapters do not depend on how the base was loaded
     # Under DeepSpeed the adapters have the base's dtype at every stage and the fp32 masters live in the
@@ -159,6 +158,7 @@ def build_model(recipe: Recipe, layout: Layout, checkpointing: str, accelerator:
     under_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     model = get_peft_model(base, _lora_config(recipe), autocast_adapter_dtype=not under_deepspeed)
     assert isinstance(model, PeftModel)
+    set_checkpointing(base, checkpointing)  # after PEFT, which would let even the embeddings want gradients
     fuse_lora(model)
     put_loss_inside(model)
     return model
@@ -177,7 +177,8 @@ def set_checkpointing(base: Any, kind: str) -> None:
     if kind != "none":
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
         layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-        layers[-1].gradient_checkpointing = False  # its backward pass is the first: what it kept would be gone at once
+        for last in layers[-1:]:
+            last.gradient_checkpointing = False  # its backward pass is the first: what it kept would be gone at once
     base.disable_input_require_grads()  # else what transformers has enabled by itself would be forgotten, not undone
     if kind == "reentrant":  # it computes gradients only for segments one of whose inputs wants one
         base.enable_input_require_grads()

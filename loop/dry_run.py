@@ -79,15 +79,15 @@ def contradictions(recipe: Recipe, data: Data | None, model: Any, steps: int, ro
             found.notes.append(f"{key} is {value}, but there are only {steps} steps.")
     if recipe.micro_batch_size > rows:
         found.notes.append(f"micro_batch_size is {recipe.micro_batch_size}, but there are only {rows} rows.")
-    if data and (both := {key_of(e) for e in data.train} & {key_of(e) for e in data.validation}):
+    if data and data.validation and (both := set(map(key_of, data.train)) & set(map(key_of, data.validation))):
         found.notes.append(f"{len(both)} validation rows are training rows too: val/loss will flatter.")
     if recipe.lora.alpha / recipe.lora.rank > 64:
         found.notes.append(f"lora.alpha / lora.rank is {recipe.lora.alpha / recipe.lora.rank:g}: an unusual scale.")
     found.attempt(lambda: check_run_folder(recipe, None))
 
 
-def key_of(example: Example) -> tuple[int, ...]:
-    return (*example.prompt_ids, -1, *example.answer_ids)
+def key_of(example: Example) -> int:
+    return hash((*example.prompt_ids, -1, *example.answer_ids))
 
 
 def key_rates(recipe: Recipe, steps: int) -> list[tuple[int, float]]:

@@ -7,6 +7,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from data.batch import epoch_order, num_windows, windows
+from data.errors import UserError
 from data.examples import Example, answer_lengths_of, lengths_of
 from data.layout import Layout as BatchLayout
 from data.layout import MicroBatch, collate
@@ -70,7 +71,15 @@ class Subject:
 
     @cache  # noqa: B019  # a plan has one subject, or a few
     def activations(self, checkpointing: str) -> Activations:
-        return measure_step(self.model, self.work.largest(self.recipe.micro_batch_size), checkpointing)
+        """Raises UserError where a step of the model cannot be done without weights."""
+        try:
+            return measure_step(self.model, self.work.largest(self.recipe.micro_batch_size), checkpointing)
+        except Exception as error:  # a model's own code, on a device that few authors think of
+            name = type(self.model.get_base_model()).__name__
+            raise UserError(
+                f"what a step of {name} needs cannot be found without its weights ({type(error).__name__}: "
+                f"{str(error)[:200]})"
+            ) from error
 
     def recomputation(self, layout: Layout) -> str:
         """The kind of gradient checkpointing, where there is any.
@@ -95,6 +104,9 @@ class Subject:
         """Steps; tokens as the rows have them; what is computed, with padding, and shared tokens once."""
         recipe, work = self.recipe, self.work
         steps = num_windows(len(work.examples), recipe.micro_batch_size * recipe.grad_accum_steps * processes)
+        if not work.real:
+            n, t = len(work.examples), work.longest
+            return steps, n * t, Batch(n, n * t, n * work.longest_answer, n * t * t)
         computed, tokens = Batch(), 0
         order = epoch_order(len(work.examples), recipe.seed, 0)
         for rank in range(processes):

@@ -37,7 +37,7 @@ def logits_at_once(base: Any, label_tokens: int) -> int:
     """Bytes of the logits that such a model makes at a time, at most, for so many labels."""
     vocab: int = base.get_output_embeddings().weight.shape[0]
     many = label_tokens
-    if "forward" in vars(base.get_output_embeddings()):
+    if type(base.get_output_embeddings()) is nn.Linear and "forward" in vars(base.get_output_embeddings()):
         many = min(many, max(1, LOGITS // vocab))
     return 4 * vocab * many
 
@@ -49,8 +49,12 @@ def _forward(decoder: nn.Module, head: nn.Module, labels: Tensor, predicts: Tens
 
 
 def _forward_with_logits(forward: Any, labels: Tensor, predicts: Tensor, **inputs: Any) -> Tensor:
-    kept = torch.zeros_like(inputs["input_ids"], dtype=torch.bool).flatten().index_fill(0, predicts, True)
-    logits = forward(**inputs, logits_to_keep=kept.view_as(inputs["input_ids"])).logits  # [N, vocab]
+    ids = inputs["input_ids"]
+    if ids.is_meta:  # where no mask can be looked into: as many places of each row
+        kept = torch.zeros(-(-len(predicts) // len(ids)), dtype=torch.long, device="meta")
+    else:
+        kept = torch.zeros_like(ids, dtype=torch.bool).flatten().index_fill(0, predicts, True).view_as(ids)
+    logits = forward(**inputs, logits_to_keep=kept).logits.flatten(0, -2)[: len(predicts)]  # [N, vocab]
     return cross_entropy(logits.float(), labels, reduction="sum")
 
 

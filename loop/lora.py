@@ -48,7 +48,9 @@ def _adapted(layer: Any, x: Tensor) -> Tensor:
 
 
 def _down(a: nn.Linear, x: Tensor, p: float) -> Tensor:
-    weight = a.weight.to(x.dtype)  # fp32 without DeepSpeed, where autocast computes in bf16
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # then adapters are fp32, and x may be
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    weight = a.weight.to(x.dtype)
     if p == 0:
         return linear(x, weight)
     down: Tensor = _DropAndDown.apply(x, weight, draw_dropped(x, p))  # type: ignore[no-untyped-call]

@@ -141,7 +141,7 @@ def measure_work(recipe: Recipe, base: Any, found: Findings) -> tuple[Work | Non
     tokenizer = open_tokenizer(recipe, found)
     data = read_data(recipe, tokenizer, found)
     if data is not None and tokenizer is not None:
-        chosen = found.attempt(lambda: choose_layout(recipe, data.train, base, num_processes=1))
+        chosen = found.attempt(lambda: choose_layout(recipe, data.train, base, 1, data.validation))
         layout: Layout
         layout, why = chosen or ("padded", "")
         return Work(data.train, layout, real=True), why, shown_rows(data.train, tokenizer), data
@@ -152,7 +152,8 @@ def measure_work(recipe: Recipe, base: Any, found: Findings) -> tuple[Work | Non
 
 
 def _as_long_as_allowed(recipe: Recipe, rows: int) -> list[Example]:
-    return [Example(number, [0], [0] * (recipe.data.max_length - 1)) for number in range(1, rows + 1)]
+    answer = [0] * (recipe.data.max_length - 1)  # one list for all
+    return [Example(number, [0], answer) for number in range(1, rows + 1)]
 
 
 @exit_codes()

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTNeoXConfig, OPTConfig
 
 from data.examples import Example
 from loop.auto import decide
 from loop.build import Data, add_adapters
 from loop.recipe import parse_recipe
 from tests.test_batching import base
+from tests.test_head import SIZES
 from tests.test_layout import unequal_rows
 
 RECIPE = parse_recipe(["--batching", "padded"])[1]
@@ -73,6 +75,21 @@ def test_long_rows_need_more(memory: type[Memory]) -> None:
 def test_explicit_values_are_obeyed(said: Any, memory: type[Memory]) -> None:
     memory.available = 1
     assert decided(replace(RECIPE, gradient_checkpointing=said)) == (said, said)
+
+
+@pytest.mark.parametrize("config", [Gemma2Config, CohereConfig, GPTNeoXConfig, OPTConfig])
+def test_models_of_other_kinds(config: Any, memory: type[Memory]) -> None:
+    """Whether or not their step can be measured on the meta device, there is a decision and no traceback."""
+    sizes = {key: value for key, value in SIZES.items() if config is not OPTConfig or key != "intermediate_size"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config(**sizes))
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    targets = sorted(linear - {"lm_head", "embed_out"})
+    recipe = replace(RECIPE, batching="auto", lora=replace(RECIPE.lora, target_modules=tuple(targets)))
+    data, adapted = Data(unequal_rows(), [], 0), add_adapters(model, recipe)
+    found = decide(recipe, data, adapted, Accelerator(cpu=True))
+    assert found.checkpointing in ("none", "non_reentrant")
+    assert "(auto)" in found.said["gradient checkpointing"]
 
 
 def test_asks_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

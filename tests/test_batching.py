@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, MistralConfig, StableLmConfig
 
 from data.batch import windows
 from data.errors import UserError
@@ -86,12 +86,27 @@ def short_sighted() -> Any:
         return AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=16))
 
 
+def deaf() -> Any:
+    """Its decoder layers do not pass keyword arguments on to their attention."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(StableLmConfig(**{**SIZES, "use_cache": False}))
+
+
 REFUSALS: dict[str, tuple[Recipe, Any, str]] = {
     "another kernel": (replace(RECIPE, model=replace(RECIPE.model, attn_implementation="eager")), base, "is eager"),
     "logits are capped": (RECIPE, gemma2, "does not let its attention be replaced"),
+    "keeps it to itself": (RECIPE, deaf, "does not tell its attention which rows to keep apart"),
     "looks back less": (RECIPE, short_sighted, "looks 16 tokens back, and the longest row has 30"),
     "has a state": (RECIPE, lambda: base(layer_types=["linear_attention"] * 4), "carry a state from row to row"),
 }
+
+
+def test_validation_rows_count_too() -> None:
+    """Shorter training rows than the window are packed, but not beside validation rows that are longer."""
+    assert choose_layout(RECIPE, SHARED, short_sighted(), 1, rows(1, [40]))[0] == "padded"
+    short = rows(3, [2] * 8)
+    assert choose_layout(RECIPE, short, short_sighted(), 1)[0] == "shared_prefix"
+    assert choose_layout(RECIPE, short, short_sighted(), 1, rows(1, [40]))[0] == "padded"
 
 
 @pytest.mark.parametrize("case", REFUSALS)

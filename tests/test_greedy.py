@@ -6,11 +6,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, MistralConfig
 
 from eval import greedy
-from eval.greedy import decode, size_that_fits
+from eval.greedy import decode, size_that_fits, why_alone
 from tests.equality import TINY
+from tests.test_head import SIZES
 
 END = 7
 MOST = 25
@@ -47,6 +48,31 @@ def test_is_one_at_a_time(model: Any, shared: int, batch_size: int | None) -> No
     answered: list[int] = []
     assert decode(model, asked, batch_size, MOST, END, answered.append) == expected
     assert sum(answered) == len(asked)
+
+
+def short_sighted() -> Any:
+    torch.manual_seed(2)
+    sizes = {**SIZES, "vocab_size": 24, "use_cache": True}
+    config = MistralConfig(**sizes, sliding_window=8, initializer_range=0.5, eos_token_id=END, bos_token_id=None)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def test_a_window_shorter_than_the_prompts() -> None:
+    """Padding would push tokens out of it."""
+    model, asked = short_sighted(), prompts(9, 6)
+    assert why_alone(model, 40)
+    answered: list[int] = []
+    assert decode(model, asked, None, MOST, END, answered.append) == [by_hand(model, prompt) for prompt in asked]
+    assert sum(answered) == 6
+
+
+def test_heads_by_any_name() -> None:
+    """GPT-NeoX has no keys and values of fewer heads, nor a word for them."""
+    torch.manual_seed(3)
+    config = GPTNeoXConfig(**{**SIZES, "vocab_size": 24, "use_cache": True}, initializer_range=0.4)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    asked = prompts(4, 6)
+    assert decode(model, asked, None, MOST, END) == [by_hand(model, prompt) for prompt in asked]
 
 
 def test_equal_prompts(model: Any) -> None:

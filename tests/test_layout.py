@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.examples import Example
-from data.layout import IGNORE_INDEX, Layout, collate, shared_prefix, stand_in
+from data.layout import IGNORE_INDEX, Apart, Layout, collate, shared_prefix, stand_in
 from loop.build import add_adapters, set_checkpointing, set_layout
 from loop.head import put_loss_inside
 from loop.lora import fuse_lora
@@ -118,8 +118,15 @@ def test_a_leak_would_be_seen() -> None:
     examples = unequal_rows()
     batch = collate(examples, "packed", pad_token_id=0)
     model = adapted("packed")
-    leaking = summed_nll(model, replace(batch, apart=None)).item()
+    everything = torch.arange(batch.input_ids.numel())
+    leaking = summed_nll(model, replace(batch, apart=Apart(0, [everything[None]], everything))).item()
     assert abs(leaking / summed_nll(model, batch).item() - 1) > 1e-3
+
+
+def test_a_model_that_is_not_told_is_stopped() -> None:
+    batch = collate(unequal_rows(), "packed", pad_token_id=0)
+    with pytest.raises(RuntimeError, match="Qwen2Attention was not told which rows to keep apart"):
+        summed_nll(adapted("packed"), replace(batch, apart=None))
 
 
 def test_padded_by_hand() -> None:

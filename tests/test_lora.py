@@ -48,6 +48,19 @@ def test_is_pefts(training: bool) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_an_fp32_activation_under_autocast() -> None:
+    """Norms give them on a GPU; LoRA computes in the autocast dtype then, both ways."""
+    model = adapted(0.3).float().train()
+    fuse_lora(model)
+    x = torch.randn(2, 24, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_bias": True}])
 def test_other_kinds_stay_pefts(more: dict[str, bool]) -> None:
     model = adapted(0.0, **more)

@@ -1,5 +1,6 @@
 """One poisoned row stops every rank, under every stage, before anything is kept."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -52,14 +53,17 @@ def test_stops_every_rank(config: Path, precision: str, poisoned: tuple[Path, Pa
 
 
 def stops_at_row_6(run: Run, said: str) -> None:
-    # two ranks x two micro-batches of two rows: row 6's place in the order of epoch 0
+    # two ranks x two micro-batches of two rows: the step whose eight rows, in the order of epoch 0, have row 6 in them
     order = (np.random.default_rng((42, 0)).permutation(ROWS) + 1).tolist()
-    step, place = divmod(order.index(6), 8)
-    pair = order[8 * step + place // 2 * 2 :][:2]
-    where = f"rows {pair[0]}, {pair[1]} on rank {place // 2 % 2}"
+    step = order.index(6) // 8
     assert run.code != 0
     assert run.output.count("error: ") == 1, run.output
-    assert f"error: step {step + 1}: {said} the micro-batch of {where}." in run.output
+    where = re.search(
+        rf"error: step {step + 1}: {said} the micro-batch of rows (\d+), (\d+) on rank [01]\.", run.output
+    )
+    assert where, run.output
+    assert 6 in (pair := {int(where[1]), int(where[2])})
+    assert pair < set(order[8 * step : 8 * step + 8])
     assert "Traceback" not in run.output.split("error: ")[0]
     assert [line["step"] for line in run.metrics] == list(range(1, step + 1))
     assert {path.name for path in run.folder.iterdir()} & {"adapter", "checkpoints"} == set()
