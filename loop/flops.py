@@ -57,6 +57,7 @@ class MatrixProducts:
     adapters: int  # LoRA's, trainable
     head: int  # of the output embedding, which only label positions go through
     attention: int  # layers x heads x head size: the width of all attention together
+    layers: int = 1
 
     def forward_flops(self, batch: Batch) -> int:
         """Two for each weight and token; attention multiplies queries with keys, and weights with values."""
@@ -73,9 +74,9 @@ class MatrixProducts:
         return per_token + 4 * self.head * batch.label_tokens + 12 * self.attention * batch.squared
 
     def computed_flops(self, batch: Batch, recomputes: bool) -> int:
-        """Of a step on `batch`; with gradient checkpointing every layer's forward is done once more."""
-        layers = MatrixProducts(self.base, self.adapters, 0, self.attention)
-        return self.model_flops(batch) + recomputes * layers.forward_flops(batch)
+        """Of a step on `batch`; with gradient checkpointing every layer's forward but the last's is done once more."""
+        all_layers = MatrixProducts(self.base, self.adapters, 0, self.attention).forward_flops(batch)
+        return self.model_flops(batch) + recomputes * all_layers * (self.layers - 1) // self.layers
 
 
 def matrix_products(model: Any) -> MatrixProducts:
@@ -92,6 +93,7 @@ def matrix_products(model: Any) -> MatrixProducts:
         adapters=sizes[True],
         head=numel(head.weight),
         attention=config.num_hidden_layers * config.num_attention_heads * head_size,
+        layers=config.num_hidden_layers,
     )
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from data.examples import Example
 from data.layout import collate, stand_in
+from loop.build import set_checkpointing
 from loop.flops import Batch, MatrixProducts, count, count_computed, matrix_products
 from tests.equality import TINY
 from tests.reference_loop import TARGETS
@@ -36,9 +37,8 @@ def test_is_what_pytorch_counts(recomputes: bool) -> None:
     """Of a whole step on the real model. The first layer's input needs no gradient, which the formula counts."""
     rows, tokens, labels = 3, 24, 10
     base = AutoModelForCausalLM.from_pretrained(TINY, attn_implementation="eager")
-    if recomputes:
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model = get_peft_model(base, LoraConfig(r=8, target_modules=list(TARGETS), task_type="CAUSAL_LM")).train()
+    set_checkpointing(base, "non_reentrant" if recomputes else "none")
     with FlopCounterMode(display=False) as counter:
         hidden = base.model(input_ids=torch.ones(rows, tokens, dtype=torch.long), use_cache=False).last_hidden_state
         logits = base.lm_head(hidden.flatten(0, 1)[: rows * labels])
@@ -53,11 +53,11 @@ def test_is_what_pytorch_counts(recomputes: bool) -> None:
 
 def test_reference_says_six_with_recomputation_and_four_without() -> None:
     """FLOPs for a frozen weight and token, and 7.6 PFLOP for an epoch of 1,798 rows of 51 tokens, logits everywhere."""
-    weight, token = MatrixProducts(base=1, adapters=0, head=0, attention=0), Batch(tokens=1)
-    assert weight.model_flops(token) == 4
-    assert weight.computed_flops(token, recomputes=True) == 6
+    weights, token = MatrixProducts(base=48, adapters=0, head=0, attention=0, layers=48), Batch(tokens=1)
+    assert weights.model_flops(token) == 48 * 4
+    assert weights.computed_flops(token, recomputes=True) == 47 * 6 + 4, "the last layer is not recomputed"
     layers, head = 48 * (2 * 5120**2 + 2 * 5120 * 1024 + 3 * 5120 * 13824), 5120 * 152064
     tokens = 1798 * 51
-    epoch = MatrixProducts(layers, 34_406_400, head, 48 * 5120)
+    epoch = MatrixProducts(layers, 34_406_400, head, 48 * 5120, layers=48)
     batch = Batch(1798, tokens, tokens, 1798 * 51**2)
     assert epoch.computed_flops(batch, recomputes=True) == pytest.approx(7.6e15, rel=0.05)
