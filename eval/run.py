@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data.chat import render_prompt, user_text
-from data.errors import RunError, UserError, exit_codes
+from data.errors import RunError, UserError, end_process, exit_codes
 from data.rows import Problems, Row, read_rows
 from eval.check import Verdict, check_answer, number_asked
 from eval.findings import PUBLISHED_ANSWERS
@@ -175,7 +176,7 @@ def _megabytes(size: int | None) -> str:
     return "–" if size is None else f"{size / 1e6:,.1f}"
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.run", description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="run folder of a training: asks its base and its fine-tuned model")
@@ -257,7 +258,7 @@ def _not_a_question(row: Row) -> str | None:
 
 
 @exit_codes()
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     to_ask = questions(args)
     main_process = os.environ.get("RANK", "0") == "0"
@@ -287,4 +288,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    end_process(main)

@@ -70,7 +70,7 @@ def test_gathers_are_exact_where_little_is_kept(rows: Path, tmp_path: Path) -> N
     planned = plan(TINY, rows, cell, tmp_path)
     assert planned.gathered_bytes == json.loads((tmp_path / "run" / "held.json").read_text())[0]["gathered"]
     layers = 2 * sum(size for size in subject(TINY, rows, "non_reentrant").base if 3072 < size < 100_000)
-    assert planned.gathered_bytes >= 3 * layers
+    assert planned.gathered_bytes > 2.5 * layers, "three times, but for the last layer and each last product"
 
 
 def usage(run: Run) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def test_learns_the_task(config: str, tmp_path: Path) -> None:
     scores = json.loads((run.folder / "eval.json").read_text())
     keys = {"accuracy", "prefix_rate", "seconds", "tokens_per_second", "peak_load_bytes", "peak_inference_bytes"}
     assert scores.keys() == {"base", "tuned"}
-    assert scores["base"].keys() == scores["tuned"].keys() == keys
+    assert scores["base"].keys() == scores["tuned"].keys() == keys | {"verified", "different"}
     assert scores["base"]["accuracy"] == scores["base"]["prefix_rate"] == 0.0
     assert scores["tuned"]["accuracy"] >= 0.99
     answers = [json.loads(line) for line in (run.folder / "answers.jsonl").read_text().splitlines()]
