@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from data.layout import common_prefix
+from loop.attention import why_not_plain_attention
 
 MOST = 512  # prompts at once; more are no faster
 SHARE = 0.7  # of the free memory that a batch may take
@@ -38,7 +39,7 @@ def decode(
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     longest = len(prompts[order[0]]) + max_new_tokens
-    if why_alone(model, longest):
+    if why_not_plain_attention(model, longest):  # padding between prefix and prompt would count
         return [_decode_alone(model, prompt, max_new_tokens, end_token, progress) for prompt in prompts]
     shared = common_prefix(prompts) if len(prompts) > 1 else 0
     batch_size = batch_size or size_that_fits(model, longest)
@@ -65,18 +66,6 @@ def decode(
         start += len(batch)
         progress(len(batch))
     return answers
-
-
-def why_alone(model: Any, longest: int) -> str | None:
-    """Why prompts of this model cannot be batched behind a prefix: padding between would count. None: they can."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])  # not said: those that look back least
-    if kinds - {"full_attention", "sliding_attention"} or model._is_stateful:
-        return "it has layers that carry a state"
-    window = getattr(config, "sliding_window", None)
-    if window and longest > window and kinds != {"full_attention"}:
-        return f"its attention looks {window} tokens back"
-    return None
 
 
 def _decode_alone(model: Any, prompt: list[int], max_new_tokens: int, end_token: int, progress: Progress) -> list[int]:

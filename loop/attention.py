@@ -69,4 +69,16 @@ def _rows(tensor: Tensor, places: Tensor) -> Tensor:
     return taken.view(*places.shape, heads, size).transpose(1, 2)
 
 
+def why_not_plain_attention(model: Any, longest: int) -> str | None:
+    """Why tokens in another place of the row would count in rows of `longest` tokens at most; None: they do not."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])  # not said: those that look back least
+    if kinds - {"full_attention", "sliding_attention"} or model._is_stateful:
+        return f"{type(model).__name__} has layers that carry a state from row to row"
+    window = getattr(config, "sliding_window", None)
+    if window and longest > window and kinds != {"full_attention"}:
+        return f"its attention looks {window} tokens back, and the longest row has {longest}"
+    return None
+
+
 AttentionInterface.register(BY_ROW, attention_by_row)

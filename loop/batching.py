@@ -10,7 +10,7 @@ from data.batch import Order, deal, epoch_order
 from data.errors import UserError
 from data.examples import Example, lengths_of
 from data.layout import Layout, collate, shared_prefix
-from loop.attention import BY_ROW
+from loop.attention import BY_ROW, why_not_plain_attention
 from loop.head import has_plain_head
 from loop.recipe import Recipe
 
@@ -40,14 +40,15 @@ def choose_layout(
     """
     said = recipe.batching
     longest = max(int(lengths_of(rows).max()) for rows in (examples, validation) if rows)
-    problem = why_not_in_one_row(recipe, longest, base)
+    problem = None if said == "padded" else why_not_in_one_row(recipe, longest, base)
     if said in ("packed", "shared_prefix") and problem:
         raise UserError(f"batching: {said} does not work here, because {problem}. Use padded, or auto.")
     rows_per_step = recipe.micro_batch_size * recipe.grad_accum_steps * num_processes
     order = epoch_order(len(examples), recipe.seed, 0)[: COUNTED * rows_per_step]
-    counts = {layout: count_tokens(recipe, examples, order, num_processes, layout) for layout in LAYOUTS}
-    possible = LAYOUTS[:1] if problem else LAYOUTS
-    layout = min(possible, key=lambda name: counts[name].computed) if said == "auto" else said
+    possible: tuple[Layout, ...] = LAYOUTS if said == "auto" else ("padded", said)
+    possible = ("padded",) if problem else possible
+    counts = {layout: count_tokens(recipe, examples, order, num_processes, layout) for layout in possible}
+    layout = min(counts, key=lambda name: counts[name].computed) if said == "auto" else said
     found = counts[layout]
     steps = "" if len(order) == len(examples) else f" in the first {COUNTED:,} steps"
     less = 1 - found.computed / counts["padded"].computed
@@ -74,17 +75,12 @@ def count_tokens(
 
 def why_not_in_one_row(recipe: Recipe, longest: int, base: Any) -> str | None:
     """What keeps rows of this model, of `longest` tokens at most, from standing behind one another; None: nothing."""
-    config = base.config.get_text_config()
     if recipe.model.attn_implementation != "sdpa":
         return f"model.attn_implementation is {recipe.model.attn_implementation}, and only sdpa keeps rows apart"
     if not base._can_set_attn_implementation() or not has_plain_head(base):
         return f"{type(base).__name__} does not let its attention be replaced"
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])  # not said: those that look back least
-    if kinds - {"full_attention", "sliding_attention"} or base._is_stateful:
-        return f"{type(base).__name__} has layers that carry a state from row to row"
-    window = getattr(config, "sliding_window", None)
-    if window and longest > window and kinds != {"full_attention"}:
-        return f"its attention looks {window} tokens back, and the longest row has {longest}"
+    if limit := why_not_plain_attention(base, longest):
+        return limit
     return None if _keeps_apart(base) else f"{type(base).__name__} does not tell its attention which rows to keep apart"
 
 

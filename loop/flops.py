@@ -34,7 +34,7 @@ def count(micro_batch: MicroBatch) -> Batch:
     return Batch(
         rows=len(micro_batch.rows),
         tokens=n + sum(micro_batch.own),
-        label_tokens=int((micro_batch.labels >= 0).sum()),
+        label_tokens=len(micro_batch.label_ids),
         squared=n * n + sum(own * (n + own) for own in micro_batch.own),
     )
 
@@ -42,7 +42,7 @@ def count(micro_batch: MicroBatch) -> Batch:
 def count_computed(micro_batch: MicroBatch) -> Batch:
     """With all padding; a stand-in counts as well."""
     b, t = micro_batch.input_ids.shape
-    label_tokens, n = int((micro_batch.labels >= 0).sum()), micro_batch.prefix
+    label_tokens, n = len(micro_batch.label_ids), micro_batch.prefix
     squared = b * t * t
     if micro_batch.apart is not None:
         squared = n * n + sum(group.numel() * (n + group.shape[1]) for group in micro_batch.apart.groups)

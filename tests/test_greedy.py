@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, MistralConfig
 
 from eval import greedy
-from eval.greedy import decode, size_that_fits, why_alone
+from eval.greedy import decode, size_that_fits
+from loop.attention import why_not_plain_attention
 from tests.equality import TINY
 from tests.test_head import SIZES
 
@@ -60,7 +61,7 @@ def short_sighted() -> Any:
 def test_a_window_shorter_than_the_prompts() -> None:
     """Padding would push tokens out of it."""
     model, asked = short_sighted(), prompts(9, 6)
-    assert why_alone(model, 40)
+    assert why_not_plain_attention(model, 40)
     answered: list[int] = []
     assert decode(model, asked, None, MOST, END, answered.append) == [by_hand(model, prompt) for prompt in asked]
     assert sum(answered) == 6
