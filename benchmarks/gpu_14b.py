@@ -42,24 +42,19 @@ def write_14b(folder: Path) -> None:
     write_rows(folder, made_up_rows(ROWS, config.vocab_size, SHARED, PROMPT, ANSWER))
 
 
-def contenders() -> dict[str, tuple[Contender, str | None]]:
-    """Each with its accelerate YAML."""
+def contenders() -> dict[str, Contender]:
     return {
-        "ours, stage 0": (Contender("ours", "auto"), "zero0"),
-        "ours, stage 0, checkpointed": (Contender("ours", "non_reentrant"), "zero0"),
-        "ours, stage 3 + offload": (Contender("ours", "auto"), "zero3_offload"),
-        "HF Trainer, checkpointed": (Contender("trainer", "non_reentrant"), None),
+        "ours, stage 0": Contender("ours", "auto", (), "zero0"),
+        "ours, stage 0, checkpointed": Contender("ours", "non_reentrant", (), "zero0"),
+        "ours, stage 3 + offload": Contender("ours", "auto", (), "zero3_offload"),
+        "HF Trainer, checkpointed": Contender("trainer", "non_reentrant"),
     }
 
 
 def measure(folder: Path, name: str, rounds: int, steps: int) -> dict[str, Any]:
     """One after the other: no two of them fit on a card."""
-    contender, config = contenders()[name]
+    contender = contenders()[name]
     command = contender.command(folder, steps)
-    if config:
-        place = command.index("--config_file") + 1
-        command[place] = str(ROOT / "accel_configs" / f"{config}.yaml")
-        command[place + 1 : place + 1] = ["--num_processes", "1"]
     found = take_turns({name: command}, rounds, threads=8)[name]
     batch = computed(contender, folder)
     products = matrix_products(model_without_weights(parse_recipe(["--model.name_or_path", str(SHAPE)])[1], "bf16"))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.train_throughput import Contender
 from benchmarks.turns import take_turns, write_results
 from benchmarks.workload import ANSWER, COMPUTE_BOUND, PROMPT, SHARED, TINY, Shape, write_compute_bound
 from data.errors import exit_codes
@@ -78,10 +79,8 @@ def measure_line(points: Sequence[Point], rounds: int, steps: int) -> list[dict[
         for point in points:
             name, folder = str(point.value), Path(directory) / str(point.value)
             write_compute_bound(folder, point.shape, (SHARED, *point.own))
-            launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-            launch += ["--num_processes", str(point.processes), "--module"]
-            launch += ["--config_file", str(ROOT / "accel_configs" / "zero0.yaml"), "benchmarks.train_worker", "ours"]
-            commands[name] = [*launch, str(folder), str(steps), "auto", "--micro_batch_size", str(point.rows)]
+            more = ("--micro_batch_size", str(point.rows))
+            commands[name] = Contender("ours", "auto", more, "zero0", point.processes).command(folder, steps)
             ranks[name] = point.processes
         found = take_turns(commands, rounds, max(1, usable_cores() // max(ranks.values())), ranks)
     return [

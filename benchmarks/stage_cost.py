@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.train_throughput import Contender
 from benchmarks.turns import spread, take_turns, write_results
 from benchmarks.workload import write_compute_bound
 from data.errors import exit_codes
 from eval.peak import usable_cores
-from loop.recipe import ROOT
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 PROCESSES = 2
@@ -46,10 +46,8 @@ def main(argv: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory() as directory:
             folder = Path(directory) / "model"
             write_compute_bound(folder)
-            launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-            launch += ["--num_processes", str(PROCESSES), "--module", "--config_file"]
-            worker = ["benchmarks.train_worker", "ours", str(folder), str(args.steps), checkpointing]
-            commands = {name: [*launch, str(ROOT / "accel_configs" / f"{name}.yaml"), *worker] for name in CONFIGS}
+            contenders = {name: Contender("ours", checkpointing, (), name, PROCESSES) for name in CONFIGS}
+            commands = {name: one.command(folder, args.steps) for name, one in contenders.items()}
             threads = max(1, usable_cores() // PROCESSES)
             found = take_turns(commands, args.rounds, threads, dict.fromkeys(CONFIGS, PROCESSES))
         tables[checkpointing] = [

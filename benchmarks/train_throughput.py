@@ -21,7 +21,8 @@ from data.errors import UserError, exit_codes
 from eval.peak import matmul_peak, usable_cores
 from loop.flops import Batch, count_computed, matrix_products
 from loop.plan import model_without_weights
-from loop.recipe import ROOT, parse_recipe
+from loop.recipe import parse_recipe
+from tests.distributed.launching import CONFIGS, launcher_command
 
 MICRO = 16
 TITLES = {
@@ -35,7 +36,6 @@ are *checkpointed* or *kept*; *auto* is the recipe's default. Every contender ha
 they take turns; median and range of the turns, ratios within each. GFLOP/s are of what is computed, padding
 and recomputation included, against a bf16 matrix product measured in the same call."""
 AGAINST = ("trainer checkpointed", "trainer kept", "trl checkpointed", "trl kept")
-ACCEL = ROOT / "accel_configs" / "one_process.yaml"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Contender:
     kind: str
     checkpointing: str
     more: tuple[str, ...] = ()
+    config: str = "one_process"  # of accel_configs/, for ours
+    processes: int = 1
 
     @property
     def name(self) -> str:
@@ -52,8 +54,8 @@ class Contender:
     def command(self, folder: Path, steps: int) -> list[str]:
         launch = [sys.executable, "-m"]
         if self.kind == "ours":
-            launch += ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(ACCEL)]
-            launch += ["--main_process_port", "0", "--module"]
+            launch = launcher_command(CONFIGS / f"{self.config}.yaml")
+            launch += ["--num_processes", str(self.processes), "--module"]
         return [*launch, "benchmarks.train_worker", self.kind, str(folder), str(steps), self.checkpointing, *self.more]
 
 
