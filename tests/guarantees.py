@@ -1,21 +1,23 @@
 """docs/: each command that checks a promise writes its own section there, and leaves the others alone."""
 
-import platform
 import re
 import time
 from importlib.metadata import version
 
 import torch
 
+from eval.peak import machine
 from tests.distributed.launching import ROOT
 
 
 def write_section(title: str, command: str, text: str, page_name: str = "guarantees.md") -> None:
     """Replaces the section `title` of a page of docs/ by `text`, and says date, machine and versions with it."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate", "peft"))
-    device = (
-        f"{torch.cuda.get_device_name()}, NCCL" if torch.cuda.is_available() else f"{platform.machine()} CPUs, gloo"
-    )
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.get_device_name()}, NCCL"
+    else:
+        host = machine()
+        device = f"{host['cores']} cores of {host['cpu']}, gloo"
     said = f"Written by `{command}` on {time.strftime('%Y-%m-%d')}, {device}; {versions}."
     section = f"## {title}\n\n{said}\n\n{text.strip()}\n"
     file = ROOT / "docs" / page_name
