@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train_worker import RECIPE, SOURCE, TARGET
+from benchmarks.train_worker import RECIPE, as_reference
 from benchmarks.turns import Measured, spread, take_turns, write_results
 from benchmarks.workload import load_rows, write_compute_bound, write_tiny
 from data.batch import windows
@@ -71,10 +71,10 @@ def contenders() -> list[Contender]:
 
 def computed(one: Contender, folder: Path) -> Batch:
     """Of a step: what is computed, padding and all."""
-    if one.kind == "trainer":
-        tokens = SOURCE + TARGET + 1
-        return Batch(MICRO, MICRO * tokens, MICRO * tokens, MICRO * tokens**2)
     examples = load_rows(folder)
+    if one.kind == "trainer":
+        tokens = len(as_reference(examples)[0]["input_ids"])
+        return Batch(MICRO, MICRO * tokens, MICRO * tokens, MICRO * tokens**2)
     if one.kind != "ours":
         lengths = [len(e.prompt_ids + e.answer_ids) for e in examples[:MICRO]]
         return Batch(MICRO, MICRO * max(lengths), MICRO * max(lengths), MICRO * max(lengths) ** 2)

@@ -7,6 +7,7 @@ import importlib
 import sys
 import tempfile
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,12 +163,18 @@ def arguments(checkpointing: str, out: str) -> dict[str, Any]:
     }
 
 
-def as_reference(example: Example) -> dict[str, list[int]]:
-    """51 tokens: its padding is in the labels, and its attention mask has a hole."""
-    prompt, answer = SOURCE - len(example.prompt_ids), TARGET - len(example.answer_ids)
-    ids = [*example.prompt_ids, *[PAD] * prompt, *example.answer_ids, *[PAD] * answer, PAD]
-    mask = [1] * len(example.prompt_ids) + [0] * prompt + [1] * len(example.answer_ids) + [0] * answer + [1]
-    return {"input_ids": ids, "attention_mask": mask, "labels": [-100] * SOURCE + ids[SOURCE:]}
+def as_reference(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+    """Rows of 51 tokens, or of more where prompts or answers are longer than the reference's: their padding is in the
+    labels, and their attention mask has a hole."""
+    source = max(SOURCE, *(len(example.prompt_ids) for example in examples))
+    target = max(TARGET, *(len(example.answer_ids) for example in examples))
+    rows = []
+    for example in examples:
+        prompt, answer = source - len(example.prompt_ids), target - len(example.answer_ids)
+        ids = [*example.prompt_ids, *[PAD] * prompt, *example.answer_ids, *[PAD] * answer, PAD]
+        mask = [1] * len(example.prompt_ids) + [0] * prompt + [1] * len(example.answer_ids) + [0] * answer + [1]
+        rows.append({"input_ids": ids, "attention_mask": mask, "labels": [-100] * source + ids[source:]})
+    return rows
 
 
 def stacked(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -181,7 +188,7 @@ def trainer(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> 
         Trainer(
             model=get_peft_model(model, lora()),
             args=TrainingArguments(**arguments(checkpointing, out)),
-            train_dataset=[as_reference(example) for example in load_rows(folder)],
+            train_dataset=as_reference(load_rows(folder)),
             data_collator=stacked,
             callbacks=[TakesTurns(turns)],
         ).train()
