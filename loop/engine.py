@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -152,10 +153,20 @@ def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerato
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return tuple(accelerator.prepare(model, optimizer))
     size_buckets_for_lora(accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"], model)
+    _import_muon_uncompiled()
     engine, wrapped = accelerator.prepare(model, optimizer)
     keep_grad_norm(engine)
     set_update_count(wrapped, 0)  # stage 0 in bf16 has taken a step of zeros by now, and would be one ahead for ever
     return engine, wrapped
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed looks whether the optimizer is its Muon, whose module compiles functions as it is imported: that loads
+    torch's inductor, two seconds of every start, for an optimizer that is not used here."""
+    from deepspeed.runtime import compiler
+
+    with patch.object(compiler, "compile", lambda: lambda function: function), contextlib.suppress(ImportError):
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
 
 
 def _announce_builds(zero: dict[str, Any]) -> None:

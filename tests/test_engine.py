@@ -89,3 +89,17 @@ def test_a_lock_that_a_killed_build_left_is_named(
     os.utime(folder / "lock", (time.time() - age,) * 2)
     engine._announce_builds({"offload_optimizer": {"device": "cpu"}})
     assert (f"waiting for {folder / 'lock'}: " in capsys.readouterr().out) == (age > 0)
+
+
+def test_a_start_compiles_nothing(tmp_path: Path) -> None:
+    """DeepSpeed's Muon does when it is imported, which took two seconds of a start."""
+    script = f"""
+import sys, loop.train
+def fit(*_):
+    print("loaded:", [name for name in ("deepspeed", "torch._inductor.compile_fx") if name in sys.modules], flush=True)
+    raise KeyboardInterrupt
+loop.train.fit = fit
+loop.train.main(["--config", "loop/recipes/debug.yaml", "--run_dir", {str(tmp_path / "run")!r}])
+"""
+    run = start([sys.executable, "-c", script], ROOT)
+    assert "loaded: ['deepspeed']" in run.output, run.output

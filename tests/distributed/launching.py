@@ -58,8 +58,8 @@ def launch(
 
 
 def launcher_command(config: Path) -> list[str]:
-    """accelerate launch, at any free port."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    """accelerate launch, at any free port; by its module, which starts without importing accelerate's other commands."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
     return [*command, "--config_file", str(config), "--main_process_port", "0"]
 
 
