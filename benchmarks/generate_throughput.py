@@ -8,6 +8,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,24 @@ from loop.recipe import parse_recipe
 
 PROMPTS = {"reference": 8, "merged": 8, "batched": 64, "ours": 200}  # of a turn: so that all take about as long
 NEW_TOKENS = 20
-TITLES = {
-    "compute_bound": "80 M parameters, random weights, bf16",
-    "tiny": "The embedded model's shape, random weights, bf16",
+SHAPES = {
+    "compute_bound": ("80 M parameters, random weights", write_compute_bound),
+    "tiny": ("The embedded model's shape, random weights", write_tiny),
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ABOUT = """Prompts of the reference's lengths, 20 new tokens each at most. Every contender has a process of its own and
-they take turns; median and range of the turns, ratios within each. The last column: how many answers differ from those
-of the merged model asked one prompt at a time, of the prompts that both had."""
+they take turns, each with new prompts; median and range of the turns, ratios within each. The last column: how many
+answers differ from those of the merged model asked one prompt at a time, of the prompts that both had."""
 
 
-def write_adapter(folder: Path) -> None:
-    """Random, and large enough to change answers."""
+def write_with_adapter(write: Callable[[Path], None], folder: Path, dtype: torch.dtype) -> None:
+    """The adapter is random, and large enough to change answers."""
+    write(folder)
     recipe = parse_recipe([])[1]
     lora = LoraConfig(r=recipe.lora.rank, target_modules=list(recipe.lora.target_modules), task_type="CAUSAL_LM")
-    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), lora)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    base.save_pretrained(folder)
+    model: Any = get_peft_model(base, lora)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -44,11 +49,10 @@ def write_adapter(folder: Path) -> None:
     model.save_pretrained(str(folder / "adapter"))
 
 
-def run(write: Callable[[Path], None], rounds: int) -> dict[str, Any]:
+def run(write: Callable[[Path], None], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "model"
-        write(folder)
-        write_adapter(folder)
+        write_with_adapter(write, folder, dtype)
         worker = [sys.executable, "-m", "benchmarks.generate_worker"]
         commands = {kind: [*worker, kind, str(folder), str(n), str(NEW_TOKENS)] for kind, n in PROMPTS.items()}
         found = take_turns(commands, rounds, usable_cores())
@@ -56,11 +60,12 @@ def run(write: Callable[[Path], None], rounds: int) -> dict[str, Any]:
 
 
 def _figures(measured: Measured, merged: Measured) -> dict[str, Any]:
-    answers, alone = measured.notes["answers"], merged.notes["answers"]
+    answers, alone, ends = measured.notes["answers"], merged.notes["answers"], measured.notes["ends"]
+    tokens = [sum(map(len, answers[start:end])) for start, end in pairwise(ends)][1:]  # of the turns that count
     compared = list(zip(answers, alone, strict=False))  # of the prompts that both had
     return {
-        "prompts": len(answers),
-        "tokens_per_second": [sum(map(len, answers)) / seconds for seconds in measured.seconds],
+        "prompts": ends[1],
+        "tokens_per_second": [count / seconds for count, seconds in zip(tokens, measured.seconds, strict=True)],
         "differ_from_one_at_a_time": sum(a != b for a, b in compared),
         "compared": len(compared),
     }
@@ -68,7 +73,7 @@ def _figures(measured: Measured, merged: Measured) -> dict[str, Any]:
 
 def as_markdown(found: dict[str, Any]) -> str:
     reference = found["reference"]["tokens_per_second"]
-    lines = ["| | prompts a turn | tokens/s | × reference | answers other than one at a time, bf16 |", "|---" * 5 + "|"]
+    lines = ["| | prompts a turn | tokens/s | × reference | other answers than one at a time |", "|---" * 5 + "|"]
     for kind, figures in found.items():
         speeds = figures["tokens_per_second"]
         ratios = spread([a / b for a, b in zip(speeds, reference, strict=True)])
@@ -81,13 +86,12 @@ def as_markdown(found: dict[str, Any]) -> str:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generate_throughput", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each that count")
-    parser.add_argument("--model", choices=("compute_bound", "tiny", "both"), default="both")
     args = parser.parse_args(argv)
     results, text = {}, [ABOUT]
-    for name, write in (("compute_bound", write_compute_bound), ("tiny", write_tiny)):
-        if args.model in (name, "both"):
-            results[name] = run(write, args.rounds)
-            text.append(f"### {TITLES[name]}\n\n{as_markdown(results[name])}")
+    for shape, (title, write) in SHAPES.items():
+        for dtype in DTYPES:
+            found = results[f"{shape} {dtype}"] = run(write, DTYPES[dtype], args.rounds)
+            text.append(f"### {title}, {dtype}\n\n{as_markdown(found)}")
             print(text[-1], flush=True)
     write_results("generate_throughput", "Generation beside others", results, "\n\n".join(text))
 

@@ -1,4 +1,4 @@
-"""One contender: python -m benchmarks.generate_worker KIND FOLDER PROMPTS MAX_NEW_TOKENS
+"""One contender: python -m benchmarks.generate_worker KIND FOLDER PROMPTS MAX_NEW_TOKENS; PROMPTS new ones each turn.
 
 KIND is reference (one prompt at a time, the adapter beside the weights), merged (the same, merged), batched
 (transformers' generate, left-padded batches in file order) or ours. FOLDER has a model, an adapter and rows.json.
@@ -56,13 +56,15 @@ KINDS: dict[str, Callable[[Any, Answers, int], Answers]] = {
 def main(argv: list[str]) -> None:
     kind, folder, count, most = argv
     model = load_model(folder, Path(folder) / "adapter", merge=kind != "reference")
-    prompts = [example.prompt_ids for example in load_rows(Path(folder))[: int(count)]]
-    turns = Turns(1)
+    prompts = [example.prompt_ids for example in load_rows(Path(folder))]
+    turns, ends = Turns(1), [0]
+    answers: Answers = []
     with torch.inference_mode():
         while True:
             turns.before_step()
-            answers = KINDS[kind](model, prompts, int(most))
-            turns.after_step(answers=answers)
+            answers += KINDS[kind](model, prompts[len(answers) :][: int(count)], int(most))
+            ends.append(len(answers))
+            turns.after_step(answers=answers, ends=ends)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def computed(one: Contender, folder: Path) -> Batch:
         tokens = len(as_reference(examples)[0]["input_ids"])
         return Batch(MICRO, MICRO * tokens, MICRO * tokens, MICRO * tokens**2)
     if one.kind != "ours":
-        lengths = [len(e.prompt_ids + e.answer_ids) for e in examples[:MICRO]]
+        lengths = [example.length for example in examples[:MICRO]]
         return Batch(MICRO, MICRO * max(lengths), MICRO * max(lengths), MICRO * max(lengths) ** 2)
     layout: Any = one.more[1] if one.more else "shared_prefix"
     window = next(windows(examples, range(MICRO), MICRO, 1, 1, 0, layout, 0))

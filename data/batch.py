@@ -72,7 +72,7 @@ def deal(
     """
     for start in range(0, len(order), micro_batch_size * micro_batches):
         chosen = [examples[i] for i in order[start : start + micro_batch_size * micro_batches]]
-        chosen.sort(key=lambda example: len(example.prompt_ids) + len(example.answer_ids))
+        chosen.sort(key=lambda example: example.length)
         if layout == "padded":
             bounds = [len(chosen) * cell // micro_batches for cell in range(micro_batches + 1)]
             yield [chosen[bounds[cell] : bounds[cell + 1]] for cell in range(micro_batches)]

@@ -110,7 +110,7 @@ def _encoded(
         found = {example.row: example for example in encode_batch(fitting, system_prompt, tokenizer, control)}
         for row, characters in zip(batch, lengths, strict=True):
             example = found.get(row.number)
-            length = len(example.prompt_ids) + len(example.answer_ids) if example else 0
+            length = example.length if example else 0
             problem = None
             if example is None or length > max_length:
                 size = f"{length} tokens" if example else f"{characters:,} characters"

@@ -24,6 +24,11 @@ class Example:
     prompt_ids: list[int]
     answer_ids: list[int]  # ends with the end token
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer together."""
+        return len(self.prompt_ids) + len(self.answer_ids)
+
 
 class Examples(Sequence[Example]):
     """A sequence of them, written to a temporary file that is gone with the process, and read one at a time.
@@ -85,7 +90,7 @@ def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
     """Tokens of each, prompt and answer together."""
     if isinstance(examples, Examples):
         return examples.lengths
-    return np.array([len(example.prompt_ids) + len(example.answer_ids) for example in examples], np.int64)
+    return np.array([example.length for example in examples], np.int64)
 
 
 def answer_lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:

@@ -101,7 +101,7 @@ def common_prefix(prompts: Sequence[list[int]]) -> int:
 
 
 def _padded(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
-    own = [len(example.prompt_ids) + len(example.answer_ids) for example in examples]
+    own = [example.length for example in examples]
     shape = (len(examples), max(own))
     input_ids = torch.full(shape, pad_token_id)
     attention_mask = torch.zeros(shape, dtype=torch.int64)

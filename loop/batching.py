@@ -64,7 +64,7 @@ def count_tokens(
     micro_batches = recipe.grad_accum_steps * num_processes
     for dealt in deal(examples, order, recipe.micro_batch_size, micro_batches, layout):
         for rows in filter(None, dealt):
-            lengths = [len(example.prompt_ids) + len(example.answer_ids) for example in rows]
+            lengths = [example.length for example in rows]
             real += sum(lengths)
             if layout == "padded":
                 padding += len(rows) * max(lengths) - sum(lengths)

@@ -141,9 +141,10 @@ def on_main_process(action: Callable[[], object], accelerator: Accelerator) -> N
 
 def largest_of_ranks(value: int, accelerator: Accelerator) -> int:
     """Every rank enters with a value of its own, and gets the largest."""
+    if accelerator.num_processes == 1:
+        return value
     largest = torch.tensor(value, device=accelerator.device)
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)  # collective
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)  # collective
     return int(largest.item())
 
 

@@ -1,0 +1,68 @@
+"""From the launch to the first step: `python -m benchmarks.start_up`
+
+The embedded model and the reference's rows, in a few configurations; what each part of the start takes.
+"""
+
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+from benchmarks.start_up_worker import BEGUN
+from benchmarks.turns import spread, write_results
+from data.errors import exit_codes
+from loop.recipe import ROOT
+from tests.distributed.launching import CONFIGS, clean_environment
+
+STARTED = ("one_process", "zero0", "zero3")
+ABOUT = """Seconds of rank 0, the embedded model and the reference's rows, the extensions built and the files in the
+page cache; the configurations take turns; medians, and the range of the whole."""
+
+
+def start(config: str) -> dict[str, float]:
+    """Seconds that each part takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "--main_process_port", "0"]
+        command += ["--module", "benchmarks.start_up_worker", "--config", "loop/recipes/tiny.yaml"]
+        environment = clean_environment() | {BEGUN: str(time.time())}
+        done = subprocess.run(
+            [*command, "--run_dir", f"{folder}/run"], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+    ends = {part: float(seconds) for part, seconds in re.findall(r"^@(.+)@(.+)$", done.stdout, re.MULTILINE)}
+    if "first step" not in ends:
+        raise SystemExit(f"{config} did not start:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return {part: end - before for (part, end), before in zip(ends.items(), [0.0, *ends.values()], strict=False)}
+
+
+def as_markdown(found: dict[str, list[dict[str, float]]]) -> str:
+    parts = list(found[STARTED[0]][0])
+    lines = [f"| | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
+    for part in parts:
+        cells = [f"{statistics.median(start[part] for start in starts):.2f}" for starts in found.values()]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    whole = [spread([sum(start.values()) for start in starts]) for starts in found.values()]
+    return "\n".join([*lines, f"| **all** | {' | '.join(whole)} |"])
+
+
+@exit_codes()
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.start_up", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="starts of each that count")
+    args = parser.parse_args(argv)
+    found: dict[str, list[dict[str, float]]] = {config: [] for config in STARTED}
+    for turn in range(args.rounds + 1):
+        for config, starts in found.items():
+            seconds = start(config)
+            if turn:
+                starts.append(seconds)
+    print(as_markdown(found))
+    write_results("start_up", "From the launch to the first step", found, f"{ABOUT}\n\n{as_markdown(found)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

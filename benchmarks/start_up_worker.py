@@ -1,0 +1,48 @@
+"""One start, and when its parts are over: python -m benchmarks.start_up_worker --KEY VALUE …"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+BEGUN = "PLAINLOOP_BEGUN"  # environment variable: time.time() when the launcher was started
+PARTS = {  # each ends when this function of loop/train.py has returned
+    "rows and model checked": "check_model",
+    "accelerator": "build_accelerator",
+    "model": "build_optimizer",
+    "engine": "prepare",
+    "first step": "train_step",
+}
+
+
+def over(part: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"@{part}@{time.time() - float(os.environ[BEGUN])}", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    over("launcher")
+    import torch  # noqa: F401
+
+    over("torch")
+    import loop.train
+
+    over("other libraries")
+
+    def timed(part: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            result = function(*arguments)
+            over(part)
+            if part == "first step":
+                os._exit(0)
+            return result
+
+        return call
+
+    for part, name in PARTS.items():
+        setattr(loop.train, name, timed(part, getattr(loop.train, name)))
+    loop.train.main(argv)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
