@@ -135,7 +135,7 @@ def chart(found: dict[str, list[dict[str, Any]]]) -> Chart:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each that count")
-    parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
+    parser.add_argument("--steps", type=int, default=1, help="steps of a turn")
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the largest data set")
     args = parser.parse_args(argv)
     counts = [count for count in (1_000, 10_000, 100_000, 1_000_000) if count <= args.rows]

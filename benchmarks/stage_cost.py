@@ -39,7 +39,7 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stage_cost", description=__doc__)
     parser.add_argument("--rounds", type=int, default=4, help="turns of each that count")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
+    parser.add_argument("--steps", type=int, default=1, help="steps of a turn")
     args = parser.parse_args(argv)
     tables: dict[str, list[dict[str, Any]]] = {}
     for checkpointing in ("auto", "non_reentrant"):

@@ -125,5 +125,9 @@ def write_results(name: str, title: str, results: dict[str, Any], text: str) -> 
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median and range, as "16.2 (15.9 to 16.4)"."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+    """Median and range, as "16.2 (15.9 to 16.4)" or "6,710 (6,030 to 7,840)"."""
+    median, least, most = (
+        f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+        for value in (statistics.median(values), min(values), max(values))
+    )
+    return f"{median} ({least} to {most})"
