@@ -23,7 +23,7 @@ from accelerate.utils import (
 from torch.utils.cpp_extension import get_default_build_root
 
 from data.errors import RunError, UserError
-from loop.deepspeed_config import deepspeed_config, keep_grad_norm, size_buckets_for_lora
+from loop.deepspeed_config import deepspeed_config, gather_persistent_at_once, keep_grad_norm, size_buckets_for_lora
 from loop.optimizer_state import set_update_count
 from loop.phases import count_collectives, measured
 from loop.recipe import ROOT, Recipe
@@ -157,6 +157,7 @@ def prepare(model: torch.nn.Module, optimizer: torch.optim.Optimizer, accelerato
     _import_muon_uncompiled()
     engine, wrapped = accelerator.prepare(model, optimizer)
     keep_grad_norm(engine)
+    gather_persistent_at_once(engine)
     set_update_count(wrapped, 0)  # stage 0 in bf16 has taken a step of zeros by now, and would be one ahead for ever
     return engine, wrapped
 

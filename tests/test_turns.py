@@ -60,3 +60,4 @@ def test_one_that_does_not_start_is_named() -> None:
 
 def test_spread() -> None:
     assert spread([3.0, 1.0, 2.5]) == "2.5 (1 to 3)"
+    assert spread([6710.0, 998.0, 12345.6]) == "6,710 (998 to 12,346)"

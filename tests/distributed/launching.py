@@ -58,7 +58,7 @@ def launch(
 
 
 def launcher_command(config: Path) -> list[str]:
-    """accelerate launch, at any free port; by its module, which starts without importing accelerate's other commands."""
+    """accelerate launch, at any free port; by its module, so that accelerate's other commands are not imported."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     return [*command, "--config_file", str(config), "--main_process_port", "0"]
 

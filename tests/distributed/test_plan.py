@@ -103,6 +103,13 @@ def test_usage_counts_what_is_reduced(rows: Path, run) -> None:  # type: ignore[
         assert backward["bytes"] == told["last_step"] * 2 * told["trainable"]
 
 
+def test_stage_3_gathers_once_after_an_update(rows: Path, run) -> None:  # type: ignore[no-untyped-def]
+    """DeepSpeed itself would do so once for every adapter and norm."""
+    told = usage(run(Cell("zero3", 2)))
+    for rank in told["ranks"]:
+        assert rank["phases"]["update"]["collectives"]["all_gather"]["count"] == told["last_step"]
+
+
 def test_a_run_ends_with_its_report(rows: Path, run) -> None:  # type: ignore[no-untyped-def]
     done = run(Cell("zero0", 2))
     assert f"report: {done.folder / 'report.html'}" in done.output
