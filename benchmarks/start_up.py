@@ -6,36 +6,33 @@ The embedded model and the reference's rows, in a few configurations; what each 
 import argparse
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.start_up_worker import BEGUN
 from benchmarks.turns import spread, write_results
 from data.errors import exit_codes
-from loop.recipe import ROOT
-from tests.distributed.launching import CONFIGS, clean_environment
+from tests.distributed.launching import CONFIGS, start
 
 STARTED = ("one_process", "zero0", "zero3")
 ABOUT = """Seconds of rank 0, the embedded model and the reference's rows, the extensions built and the files in the
 page cache; the configurations take turns; medians, and the range of the whole."""
 
 
-def start(config: str) -> dict[str, float]:
+def parts_of_start(config: str) -> dict[str, float]:
     """Seconds that each part takes."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]  # what a user types starts this
+    command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "--main_process_port", "0"]
+    command += ["--module", "benchmarks.start_up_worker", "--config", "loop/recipes/tiny.yaml"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-        command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "--main_process_port", "0"]
-        command += ["--module", "benchmarks.start_up_worker", "--config", "loop/recipes/tiny.yaml"]
-        environment = clean_environment() | {BEGUN: str(time.time())}
-        done = subprocess.run(
-            [*command, "--run_dir", f"{folder}/run"], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-    ends = {part: float(seconds) for part, seconds in re.findall(r"^@(.+)@(.+)$", done.stdout, re.MULTILINE)}
+        run_dir = Path(folder) / "run"
+        done = start([*command, "--run_dir", str(run_dir)], run_dir, {BEGUN: str(time.time())})
+    ends = {part: float(seconds) for part, seconds in re.findall(r"^@(.+)@(.+)$", done.output, re.MULTILINE)}
     if "first step" not in ends:
-        raise SystemExit(f"{config} did not start:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise SystemExit(f"{config} did not start:\n{done.output[-4000:]}")
     return {part: end - before for (part, end), before in zip(ends.items(), [0.0, *ends.values()], strict=False)}
 
 
@@ -57,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     found: dict[str, list[dict[str, float]]] = {config: [] for config in STARTED}
     for turn in range(args.rounds + 1):
         for config, starts in found.items():
-            seconds = start(config)
+            seconds = parts_of_start(config)
             if turn:
                 starts.append(seconds)
     print(as_markdown(found))
