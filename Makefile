@@ -16,7 +16,7 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet torch
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@echo "== building DeepSpeed's C++ extensions: once, about a minute each, kept in the user's cache folder"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m loop.engine
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m loop.engine.extensions
 	@touch $@
 
 demo: setup

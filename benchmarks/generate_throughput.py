@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.turns import Measured, spread, take_turns, write_results
 from benchmarks.workload import write_compute_bound, write_tiny
-from data.errors import exit_codes
 from eval.peak import usable_cores
+from loop.guard.process import exit_codes
 from loop.recipe import parse_recipe
 
 PROMPTS = {"reference": 8, "merged": 8, "batched": 64, "ours": 200}  # of a turn: so that all take about as long

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.turns import Turns
 from benchmarks.workload import load_rows
-from eval.generate import load_model
-from eval.greedy import decode
+from eval.answers.generate import load_model
+from eval.answers.greedy import decode
 
 END, PAD, BATCH = 2, 0, 16
 

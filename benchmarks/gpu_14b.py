@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.train_throughput import Contender, computed
 from benchmarks.turns import spread, take_turns, write_results
 from benchmarks.workload import ANSWER, PROMPT, SHARED, TINY, made_up_rows, write_rows
-from data.errors import exit_codes
 from eval.peak import matmul_peak
-from loop.flops import matrix_products
+from loop.guard.process import exit_codes
+from loop.measure.flops import matrix_products
 from loop.plan import model_without_weights
 from loop.recipe import ROOT, parse_recipe
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from benchmarks.train_throughput import Contender
 from benchmarks.turns import spread, take_turns, write_results
 from benchmarks.workload import write_compute_bound
-from data.errors import exit_codes
 from eval.peak import usable_cores
+from loop.guard.process import exit_codes
 
 ABOUT = """One process, the compute-bound model, 16 rows a step, shared prefix, activations kept, a log every 5 steps.
 *bare* is forward, backward, clipping and AdamW on the same batches; *ours* all that a run does. They take turns, so a

@@ -18,9 +18,9 @@ from typing import Any
 from benchmarks.train_throughput import Contender
 from benchmarks.turns import take_turns, write_results
 from benchmarks.workload import ANSWER, COMPUTE_BOUND, PROMPT, SHARED, TINY, Shape, write_compute_bound
-from data.errors import exit_codes
-from eval.charts import Chart, to_svg
 from eval.peak import usable_cores
+from eval.reporting.charts import Chart, to_svg
+from loop.guard.process import exit_codes
 from loop.recipe import ROOT
 
 IMAGE = ROOT / "docs" / "images" / "scaling.svg"
@@ -57,7 +57,7 @@ from transformers import AutoTokenizer
 from data.batch import epoch_order, windows
 from data.chat import encode_rows
 from data.rows import iter_rows
-from loop.phases import peak_memory
+from loop.measure.phases import peak_memory
 
 path, tokenizer = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2])
 begun = time.perf_counter()

@@ -13,8 +13,8 @@ from typing import Any
 from benchmarks.train_throughput import Contender
 from benchmarks.turns import spread, take_turns, write_results
 from benchmarks.workload import write_compute_bound
-from data.errors import exit_codes
 from eval.peak import usable_cores
+from loop.guard.process import exit_codes
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 PROCESSES = 2

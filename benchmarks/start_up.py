@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.start_up_worker import BEGUN
 from benchmarks.turns import spread, write_results
-from data.errors import exit_codes
+from loop.guard.process import exit_codes
 from tests.distributed.launching import CONFIGS, start
 
 STARTED = ("one_process", "zero0", "zero3")

@@ -17,9 +17,10 @@ from benchmarks.train_worker import RECIPE, as_reference
 from benchmarks.turns import Measured, spread, take_turns, write_results
 from benchmarks.workload import load_rows, write_compute_bound, write_tiny
 from data.batch import windows
-from data.errors import UserError, exit_codes
+from data.errors import UserError
 from eval.peak import matmul_peak, usable_cores
-from loop.flops import Batch, count_computed, matrix_products
+from loop.guard.process import exit_codes
+from loop.measure.flops import Batch, count_computed, matrix_products
 from loop.plan import model_without_weights
 from loop.recipe import parse_recipe
 from tests.distributed.launching import CONFIGS, launcher_command

@@ -21,10 +21,10 @@ from benchmarks.turns import Turns
 from benchmarks.workload import load_rows
 from data.batch import epoch_order, windows
 from data.examples import Example
-from loop.build import Data, set_checkpointing, set_layout
-from loop.head import put_loss_inside
-from loop.lora import fuse_lora
-from loop.phases import ACCOUNT, STEP
+from loop.measure.phases import ACCOUNT, STEP
+from loop.model.build import Data, set_checkpointing, set_layout
+from loop.model.head import put_loss_inside
+from loop.model.lora import fuse_lora
 from loop.recipe import Recipe, parse_recipe
 from loop.step import summed_nll
 

@@ -20,7 +20,7 @@ Layout = Literal["padded", "packed", "shared_prefix"]
 
 @dataclass(frozen=True)
 class Apart:
-    """Which tokens of a row of T tokens belong together, for attention (loop/attention.py) to keep the others away.
+    """Which tokens of a row of T tokens belong together, for loop/model/attention.py to keep the others away.
 
     The first `prefix` tokens are every row's. Rows of about the same length are a group [R, L] of their tokens' places,
     a shorter row's filled up with its last one. `back` [T] finds each token in the prefix and the groups laid out.

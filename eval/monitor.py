@@ -15,9 +15,10 @@ from pathlib import Path
 
 import psutil
 
-from data.errors import UserError, exit_codes
-from eval.nvml import gpu_columns, open_gpus, sample_gpus
-from eval.process_tree import ProcessTree
+from data.errors import UserError
+from eval.hardware.nvml import gpu_columns, open_gpus, sample_gpus
+from eval.hardware.process_tree import ProcessTree
+from loop.guard.process import exit_codes
 
 INTERVAL = 0.5  # seconds
 INTERVALS = (0.05, 60.0)  # shortest and longest that make sense

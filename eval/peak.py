@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from eval.nvml import gpu_names, open_gpus
+from eval.hardware.nvml import gpu_names, open_gpus
 
 LONG_ENOUGH = 0.05  # seconds that a product has to take, so that starting it does not count
 LARGEST = 16384  # rows and columns: three matrices of 1 GB in fp32

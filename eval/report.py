@@ -18,12 +18,13 @@ from typing import Any
 
 import jinja2
 
-from data.errors import RunError, UserError, exit_codes
-from eval.charts import Chart, to_csv, to_svg
-from eval.figures import Run, read_run
-from eval.findings import NOT_MEASURED, PUBLISHED, PUBLISHED_ANSWERS, conclusions, sentences
-from eval.pages import ROWS, Block, Page, comparison_page, run_page, state
-from eval.run_files import read_object, reading
+from data.errors import UserError
+from eval.reporting.charts import Chart, to_csv, to_svg
+from eval.reporting.conclusions import NOT_MEASURED, PUBLISHED, PUBLISHED_ANSWERS, conclusions, sentences
+from eval.reporting.page import ROWS, Block, Page, comparison_page, run_page, state
+from eval.reporting.run_files import read_object, reading
+from eval.reporting.run_summary import Run, read_run
+from loop.guard.process import RunError, exit_codes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -77,7 +78,9 @@ def write(out: Path, page: Page, numbers: Mapping[str, Any]) -> None:
     files["report.md"] = to_markdown(page)
     files["summary.json"] = json.dumps(numbers, indent=2, ensure_ascii=False) + "\n"
     templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     template = templates.get_template("report.html.jinja")
     files["report.html"] = template.render(page=page, svgs=svgs, not_measured=NOT_MEASURED)

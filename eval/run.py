@@ -22,16 +22,17 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data.chat import render_prompt, user_text
-from data.errors import RunError, UserError, end_process, exit_codes
+from data.errors import UserError
 from data.rows import Problems, Row, read_rows
+from eval.answers.generate import PeakMemory, generate, load_model, load_tokenizer, timed
+from eval.answers.vllm_backend import ask_vllm, check_vllm
 from eval.check import Verdict, check_answer, number_asked
-from eval.findings import PUBLISHED_ANSWERS
-from eval.generate import PeakMemory, generate, load_model, load_tokenizer, timed
-from eval.vllm_backend import ask_vllm, check_vllm
-from loop.build import build_tokenizer, check_model
-from loop.checkpoint import ADAPTER, first_difference
+from eval.reporting.conclusions import PUBLISHED_ANSWERS
+from loop.guard.process import RunError, end_process, exit_codes
+from loop.model.build import build_tokenizer, check_model
 from loop.recipe import ROOT, find_model, find_path, parse_recipe
-from loop.run_folder import write_json
+from loop.saving.checkpoint import ADAPTER, first_difference
+from loop.saving.run_folder import write_json
 
 SAMPLES = 3  # answers shown of each model
 

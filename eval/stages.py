@@ -18,14 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from data.errors import RunError, Stopped, UserError, exit_codes
-from eval.accel_files import Configuration
-from eval.comparison import Comparison, check_machine, check_recipe, only_one, plan, write_comparison
-from eval.launch import clean_environment
+from data.errors import UserError
+from eval.comparing.accel_files import Configuration
+from eval.comparing.comparison import Comparison, check_machine, check_recipe, only_one, plan, write_comparison
+from eval.comparing.configuration_run import is_done, result_of, run_one
+from eval.comparing.launch import clean_environment
+from eval.comparing.progress import Progress, duration
 from eval.monitor import INTERVAL, check_interval
-from eval.one_run import is_done, result_of, run_one
-from eval.progress import Progress, duration
 from eval.report import write_comparison_report
+from loop.guard.process import RunError, Stopped, exit_codes
 
 TIMEOUT = 4 * 3600.0  # seconds
 SWANLAB_TIMEOUT = 300.0  # seconds
@@ -70,7 +71,7 @@ def track(comparison: Comparison) -> None:
         folder = comparison.out / configuration.name
         if not (folder / "result.json").exists() or (folder / "swanlog").exists():
             continue
-        command = [sys.executable, "-m", "eval.swanlab_group", str(folder), *comparison.recipe_argv]
+        command = [sys.executable, "-m", "eval.comparing.swanlab_group", str(folder), *comparison.recipe_argv]
         try:
             subprocess.run(
                 command,

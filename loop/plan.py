@@ -19,18 +19,19 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.batch import num_windows
-from data.errors import UserError, exit_codes
+from data.errors import UserError
 from data.examples import Example
 from data.layout import Layout
 from data.rows import count_rows
-from loop.batching import choose_layout
-from loop.build import WEIGHT_DTYPES, Data, add_adapters, set_layout
-from loop.cards import CARDS
-from loop.dry_run import Findings, contradictions, open_tokenizer, read_data, shown_rows
-from loop.engine import set_up_environment
-from loop.estimate import Hardware, Subject, Work, estimate
-from loop.launch_file import Launch, read_launch
-from loop.plan_page import as_json, page
+from loop.engine.environment import set_up_environment
+from loop.guard.process import exit_codes
+from loop.model.build import WEIGHT_DTYPES, Data, add_adapters, set_layout
+from loop.planning.batching import choose_layout
+from loop.planning.dry_run import Findings, contradictions, open_tokenizer, read_data, shown_rows
+from loop.planning.estimate import Hardware, Subject, Work, estimate
+from loop.planning.gpus import CARDS
+from loop.planning.launch_file import Launch, read_launch
+from loop.planning.page import as_json, page
 from loop.recipe import DEFAULT_RECIPE, ROOT, Recipe, find_model, find_path, parse_recipe
 
 UNITS = {"": 1, "mb": 2**20, "mib": 2**20, "gb": 2**30, "gib": 2**30, "tb": 2**40, "tib": 2**40}

@@ -60,7 +60,7 @@ class LoraRecipe:
 
 @dataclass(frozen=True)
 class OptimRecipe:
-    """AdamW and its schedule: linear warm-up, then half a cosine to 0 (loop/build.py: build_lr_scheduler)."""
+    """AdamW and its schedule: linear warm-up, then half a cosine to 0 (loop/model/build.py: build_lr_scheduler)."""
 
     lr: float = 1e-4
     """Peak learning rate."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batch import Window
 from data.layout import MicroBatch
-from loop.phases import measured
+from loop.measure.phases import measured
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def train_step(
 def summed_nll(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
     """Scalar: cross entropy in nats, summed over the label tokens of `micro_batch`; collective under ZeRO-3.
 
-    The model computes it itself, for the N label positions only (loop/head.py), so that there are never more logits
-    than are needed at a time.
+    The model computes it itself, for the N label positions only (loop/model/head.py), so that there are never more
+    logits than are needed at a time.
     """
     nll: Tensor = model(
         **micro_batch.inputs,  # [B, T]

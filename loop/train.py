@@ -12,9 +12,13 @@ import torch
 from accelerate import Accelerator
 
 from data.batch import empty_window, epoch_order, num_windows, windows
-from data.errors import Stopped, end_process, exit_codes
-from loop.auto import decide
-from loop.build import (
+from loop.engine.accelerator import build_accelerator, prepare
+from loop.guard.finite_values import FiniteCheck
+from loop.guard.process import Stopped, end_process, exit_codes
+from loop.guard.ranks import Watch
+from loop.guard.signals import StopSignals
+from loop.measure.phases import ACCOUNT, watch_phases
+from loop.model.build import (
     Data,
     build_data,
     build_lr_scheduler,
@@ -24,19 +28,15 @@ from loop.build import (
     check_model,
     rows_per_step,
 )
-from loop.checkpoint import Checkpoint, restore_adapter, save_adapter, save_checkpoint, unwrap
-from loop.engine import build_accelerator, prepare
-from loop.finite import FiniteCheck
-from loop.overview import overview
-from loop.phases import ACCOUNT, watch_phases
+from loop.planning.decisions import decide
 from loop.recipe import Recipe, parse_recipe
-from loop.resume import check_resumable, find_checkpoint, fingerprint, resume_optimizer
-from loop.run_folder import check_run_folder, create_run_folder, write_engine_config, write_report
-from loop.signals import StopSignals
+from loop.saving.checkpoint import Checkpoint, restore_adapter, save_adapter, save_checkpoint, unwrap
+from loop.saving.resume import check_resumable, find_checkpoint, fingerprint, resume_optimizer
+from loop.saving.run_folder import check_run_folder, create_run_folder, write_engine_config, write_report
 from loop.step import seed_dropout, train_step, validate
-from loop.tracking import Interval, Tracking
-from loop.usage import write_usage
-from loop.watch import Watch
+from loop.telling.first_page import overview
+from loop.telling.run_costs import write_usage
+from loop.telling.tracking import Interval, Tracking
 
 
 @exit_codes()

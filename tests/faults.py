@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import UserError
-from loop.checkpoint import list_checkpoints, load_checkpoint
+from loop.saving.checkpoint import list_checkpoints, load_checkpoint
 from tests.distributed.kill_worker import PHASES
 from tests.distributed.launching import CONFIGS, DEBUG, ROOT, children, clean_environment, last_step, launcher_command
 from tests.guarantees import write_section

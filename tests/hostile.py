@@ -15,8 +15,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from loop.checkpoint import MANIFEST, STATE, _fingerprint
 from loop.recipe import ROOT
+from loop.saving.checkpoint import MANIFEST, STATE, _fingerprint
 
 TINY = ROOT / "data" / "tiny_base"
 GOOD = '{"instruction": "5=", "output": "1 + 4"}'

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from loop.build import build_data, build_tokenizer
-from loop.estimate import CUDA_CONTEXT, Estimate, Hardware, Subject, Work, estimate
-from loop.launch_file import read_launch
+from loop.model.build import build_data, build_tokenizer
 from loop.plan import model_without_weights
+from loop.planning.estimate import CUDA_CONTEXT, Estimate, Hardware, Subject, Work, estimate
+from loop.planning.launch_file import read_launch
 from loop.recipe import ROOT, Recipe, parse_recipe
 from tests.distributed.launching import CONFIGS, Run, launch
 from tests.guarantees import write_section

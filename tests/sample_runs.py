@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.figures import Run
+from eval.reporting.run_summary import Run
 
 CONFIGURATIONS = (
     "one_process",

@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.examples import Example
 from data.layout import collate
-from loop.activations import measure_step
-from loop.build import set_checkpointing
-from loop.head import LinearNLL
-from loop.lora import fuse_lora
+from loop.model.build import set_checkpointing
+from loop.model.head import LinearNLL
+from loop.model.lora import fuse_lora
+from loop.planning.activations import measure_step
 from tests.equality import TINY
 from tests.reference_loop import TARGETS
 

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTNeoXConfig, OPTConfig
 
 from data.examples import Example
-from loop.auto import decide
-from loop.build import Data, add_adapters
+from loop.model.build import Data, add_adapters
+from loop.planning.decisions import decide
 from loop.recipe import parse_recipe
 from tests.test_batching import base
 from tests.test_head import SIZES
@@ -104,7 +104,7 @@ def test_asks_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
             return getattr(Accelerator(cpu=True), name)
 
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Card)
-    monkeypatch.setattr("loop.auto.largest_of_ranks", lambda value, accelerator: value)
+    monkeypatch.setattr("loop.planning.decisions.largest_of_ranks", lambda value, accelerator: value)
     data, model = Data(unequal_rows(), [], 0), add_adapters(base(), RECIPE)
     accelerator: Any = OnGpu()
     assert decide(RECIPE, data, model, accelerator).checkpointing == "none"

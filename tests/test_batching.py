@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Mistral
 from data.batch import windows
 from data.errors import UserError
 from data.examples import Example
-from loop.batching import COUNTED, LAYOUTS, choose_layout, count_tokens
+from loop.planning.batching import COUNTED, LAYOUTS, choose_layout, count_tokens
 from loop.recipe import Recipe, parse_recipe
 from tests.equality import TINY
 from tests.test_head import SIZES

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.charts import (
+from eval.reporting.charts import (
     COLOURS,
     DARK,
     LIGHT,
@@ -23,7 +23,7 @@ from eval.charts import (
     to_csv,
     to_svg,
 )
-from eval.figures import Run
+from eval.reporting.run_summary import Run
 from tests.sample_runs import run
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -15,10 +15,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from data.errors import RunError, UserError
-from loop.checkpoint import check_adapter, clear_up, list_checkpoints, load_checkpoint, save_adapter, save_checkpoint
+from data.errors import UserError
+from loop.guard.process import RunError
 from loop.recipe import parse_recipe
-from loop.resume import find_checkpoint
+from loop.saving.checkpoint import (
+    check_adapter,
+    clear_up,
+    list_checkpoints,
+    load_checkpoint,
+    save_adapter,
+    save_checkpoint,
+)
+from loop.saving.resume import find_checkpoint
 from tests.hostile import EVIL, flip_bit
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny_base")

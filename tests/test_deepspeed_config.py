@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
-from loop.deepspeed_config import deepspeed_config
+from loop.engine.deepspeed_config import deepspeed_config
 from loop.recipe import ROOT, parse_recipe
 
 PREFIX = "ACCELERATE_"

@@ -11,7 +11,8 @@ from accelerate.utils import DistributedType
 from torch.utils.cpp_extension import _get_build_directory
 
 from data.errors import UserError
-from loop import engine
+from loop.engine import accelerator as engine
+from loop.engine.extensions import announce_builds
 from loop.recipe import parse_recipe
 from tests.distributed.launching import ROOT, start
 
@@ -64,7 +65,7 @@ import deepspeed, torch
 from types import SimpleNamespace
 from torch._C._distributed_c10d import HashStore
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from loop.deepspeed_config import keep_grad_norm
+from loop.engine.deepspeed_config import keep_grad_norm
 torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 deepspeed.init_distributed("gloo", dist_init_required=False)
 parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]).half())
@@ -87,7 +88,7 @@ def test_a_lock_that_a_killed_build_left_is_named(
     folder = Path(_get_build_directory("cpu_adam", verbose=False))
     (folder / "lock").touch()
     os.utime(folder / "lock", (time.time() - age,) * 2)
-    engine._announce_builds({"offload_optimizer": {"device": "cpu"}})
+    announce_builds({"offload_optimizer": {"device": "cpu"}})
     assert (f"waiting for {folder / 'lock'}: " in capsys.readouterr().out) == (age > 0)
 
 

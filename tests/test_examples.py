@@ -136,7 +136,7 @@ from transformers import AutoTokenizer
 from data.batch import epoch_order, windows
 from data.chat import encode_rows
 from data.rows import iter_rows
-from loop.phases import peak_memory
+from loop.measure.phases import peak_memory
 
 path = Path(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
-from eval.figures import derived_columns, read_run, sample_figures, usage_figures
+from eval.reporting.run_summary import derived_columns, read_run, sample_figures, usage_figures
 from tests.sample_runs import SAMPLES, STEADY, usage, write_configuration, write_evaluation, write_run
 
 MB = 1_000_000

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from eval.figures import Run
-from eval.findings import (
+from eval.reporting.conclusions import (
     CLAIMS,
     PUBLISHED,
     STAGE0,
@@ -18,6 +17,7 @@ from eval.findings import (
     judge,
     sentences,
 )
+from eval.reporting.run_summary import Run
 from tests.sample_runs import run
 
 NOT_TESTABLE = "not testable on this machine"

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from data.examples import Example
 from data.layout import collate, stand_in
-from loop.build import set_checkpointing
-from loop.flops import Batch, MatrixProducts, count, count_computed, matrix_products
+from loop.measure.flops import Batch, MatrixProducts, count, count_computed, matrix_products
+from loop.model.build import set_checkpointing
 from tests.equality import TINY
 from tests.reference_loop import TARGETS
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from data.chat import render_prompt
 from data.sums import SYSTEM_PROMPT
-from eval.generate import PeakMemory, generate, load_model, load_tokenizer
+from eval.answers.generate import PeakMemory, generate, load_model, load_tokenizer
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny_base")
 WORDS = ("复述:大丫", "7=", "把1253拆成两个数的和", "3加5是多少?", "回答用「好」开头:把9拆成两个数的和", "1999=")

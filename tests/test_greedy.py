@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, MistralConfig
 
-from eval import greedy
-from eval.greedy import decode, size_that_fits
-from loop.attention import why_not_plain_attention
+from eval.answers import greedy
+from eval.answers.greedy import decode, size_that_fits
+from loop.model.attention import why_not_plain_attention
 from tests.equality import TINY
 from tests.test_head import SIZES
 

@@ -21,8 +21,8 @@ from transformers import (
 
 from data.examples import Example
 from data.layout import Layout, collate
-from loop import head
-from loop.head import LinearNLL, has_plain_head, put_loss_inside
+from loop.model import head
+from loop.model.head import LinearNLL, has_plain_head, put_loss_inside
 from loop.step import summed_nll
 
 SIZES: dict[str, Any] = {

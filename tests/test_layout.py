@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.examples import Example
 from data.layout import IGNORE_INDEX, Apart, Layout, collate, shared_prefix, stand_in
-from loop.build import add_adapters, set_checkpointing, set_layout
-from loop.head import put_loss_inside
-from loop.lora import fuse_lora
+from loop.model.build import add_adapters, set_checkpointing, set_layout
+from loop.model.head import put_loss_inside
+from loop.model.lora import fuse_lora
 from loop.recipe import parse_recipe
 from loop.step import summed_nll
 from tests.equality import TINY

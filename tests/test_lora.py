@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from loop.lora import draw_dropped, dropped_places, fuse_lora
+from loop.model.lora import draw_dropped, dropped_places, fuse_lora
 
 
 class Model(nn.Module):
@@ -78,7 +78,7 @@ def mask(x: torch.Tensor, p: float) -> torch.Tensor:
 @pytest.mark.parametrize("draw", [draw_dropped, mask])
 def test_gradient_of_dropout_is_that_of_what_was_dropped(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By finite differences, with the same draw each time."""
-    monkeypatch.setattr("loop.lora.draw_dropped", draw)
+    monkeypatch.setattr("loop.model.lora.draw_dropped", draw)
     model = adapted(0.4).train()
     fuse_lora(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -94,7 +94,7 @@ def test_gradient_of_dropout_is_that_of_what_was_dropped(draw: Any, monkeypatch:
 @pytest.mark.parametrize("draw", [draw_dropped, mask])
 def test_dropout_keeps_the_mean(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept is scaled by 1 / (1 - p): over many draws the mean is the output without dropout."""
-    monkeypatch.setattr("loop.lora.draw_dropped", draw)
+    monkeypatch.setattr("loop.model.lora.draw_dropped", draw)
     model = adapted(0.2)
     fuse_lora(model)
     x = torch.randn(1, 24, dtype=torch.float64)
@@ -123,7 +123,7 @@ def test_each_place_is_dropped_by_itself(p: float) -> None:
 
 def test_draws_more_where_the_first_gaps_end_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight standard deviations of places are drawn; with none of them to spare the rest is drawn later."""
-    monkeypatch.setattr("loop.lora.SPARE", -0.5)
+    monkeypatch.setattr("loop.model.lora.SPARE", -0.5)
     torch.manual_seed(2)
     places = dropped_places(10_000, 0.5)
     assert places.tolist() == sorted(set(places.tolist()))

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from eval import nvml
+from eval.hardware import nvml
+from eval.hardware.nvml import gpu_columns, gpu_names, open_gpus, sample_gpus
+from eval.hardware.process_tree import ProcessTree
 from eval.monitor import Monitor, Sampling, columns, main
-from eval.nvml import gpu_columns, gpu_names, open_gpus, sample_gpus
-from eval.process_tree import ProcessTree
 
 MB = 1 << 20
 HELD = 200 * MB

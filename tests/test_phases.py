@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from data.batch import Window
-from loop import phases
-from loop.phases import Account, measured
+from loop.measure import phases
+from loop.measure.phases import Account, measured
 from tests.distributed.launching import ROOT, start
 
 
@@ -107,7 +107,7 @@ def test_collectives_are_counted_by_kind_and_size(tmp_path: Path) -> None:
     """On two real processes; what a collective calls itself is not counted again."""
     script = """
 import json, os, sys, torch, torch.distributed as dist
-from loop.phases import ACCOUNT, count_collectives
+from loop.measure.phases import ACCOUNT, count_collectives
 count_collectives(); count_collectives()
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

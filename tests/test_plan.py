@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from loop.dry_run import key_rates
 from loop.plan import main
+from loop.planning.dry_run import key_rates
 from loop.recipe import ROOT, parse_recipe
 from tests.distributed.launching import CONFIGS
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from data.errors import UserError
 from loop.recipe import parse_recipe
-from loop.resume import SAMPLE, SAMPLES, check_resumable, fingerprint
+from loop.saving.resume import SAMPLE, SAMPLES, check_resumable, fingerprint
 from tests.hostile import TINY, flip_bit
 
 
@@ -45,7 +45,7 @@ def test_what_transformers_also_reads(name: str, tmp_path: Path) -> None:
 
 
 def test_not_every_rank_has_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loop.resume.gather_object", lambda mine: [*mine, 8])
+    monkeypatch.setattr("loop.saving.resume.gather_object", lambda mine: [*mine, 8])
     with pytest.raises(UserError, match=r"their steps are \[None, 8\]"):
         check_resumable(None, parse_recipe([])[1], 10, Accelerator(cpu=True))
 

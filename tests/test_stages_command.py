@@ -16,12 +16,12 @@ import yaml
 
 from data.errors import UserError
 from eval import stages
-from eval.accel_files import DEFAULT_CONFIGURATIONS, read_configurations
-from eval.comparison import Comparison, only_one, write_comparison, write_whole
-from eval.launch import GUARD, failure_reason, run_command
-from eval.one_run import is_done, training_command
+from eval.comparing.accel_files import DEFAULT_CONFIGURATIONS, read_configurations
+from eval.comparing.comparison import Comparison, only_one, write_comparison, write_whole
+from eval.comparing.configuration_run import is_done, training_command
+from eval.comparing.launch import GUARD, failure_reason, run_command
+from eval.comparing.progress import Progress, last_step
 from eval.peak import machine
-from eval.progress import Progress, last_step
 from eval.run import parse as eval_parse
 from loop.recipe import ROOT
 
@@ -158,7 +158,7 @@ def test_bad_input(
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a comparison of zero3 and one process."""
-    monkeypatch.setattr("eval.comparison.matmul_peak", lambda: {"cpu": {"bf16": 2e11, "fp32": 1e11}})
+    monkeypatch.setattr("eval.comparing.comparison.matmul_peak", lambda: {"cpu": {"bf16": 2e11, "fp32": 1e11}})
     comparison = planned(tmp_path, "--accel", ZERO3, ONE)
     with only_one(comparison):
         write_comparison(comparison, machine())
@@ -211,7 +211,7 @@ def test_another_machine_is_not_mixed_in(begun: Path, capsys: pytest.CaptureFixt
 def test_more_configurations_extend_it_and_fewer_keep_the_batch(
     begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eval.comparison.matmul_peak", lambda: pytest.fail("measured again"))
+    monkeypatch.setattr("eval.comparing.comparison.matmul_peak", lambda: pytest.fail("measured again"))
     alone = planned(tmp_path, "--accel", ONE)
     assert alone.grad_accum_steps(alone.configurations[0]) == 4, "as beside zero3's two processes"
     more = planned(tmp_path, "--accel", accel(tmp_path, "more"))
@@ -315,7 +315,9 @@ def alive(pid: int) -> bool:
 
 def test_a_time_out_ends_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that does not heed SIGTERM too, and one in a session of its own, as launchers start them."""
-    monkeypatch.setattr("eval.launch.GUARD", f"import eval.launch; eval.launch.GRACE = 0.5; {GUARD}")
+    monkeypatch.setattr(
+        "eval.comparing.launch.GUARD", f"import eval.comparing.launch; eval.comparing.launch.GRACE = 0.5; {GUARD}"
+    )
     pids: list[int] = []
     code = run_command([sys.executable, "-c", STUBBORN], tmp_path / "log", str(tmp_path), 2.0, pids.append)
     assert code is None
@@ -327,7 +329,7 @@ def test_a_time_out_ends_all_processes(tmp_path: Path, monkeypatch: pytest.Monke
 RUN_STUBBORN = """
 import sys
 from pathlib import Path
-from eval.launch import run_command
+from eval.comparing.launch import run_command
 run_command([sys.executable, "-c", sys.argv[1]], Path(sys.argv[2]), sys.argv[2], 1000.0, lambda pid: None)
 """
 
@@ -359,7 +361,7 @@ def test_a_command_gets_nothing_of_another_launcher(tmp_path: Path, monkeypatch:
 def test_the_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """20 s to the first step, then 1 s a step: 80 more steps, then four runs of 200 s."""
     clock = 0.0
-    monkeypatch.setattr("eval.progress.time.monotonic", lambda: clock)
+    monkeypatch.setattr("eval.comparing.progress.time.monotonic", lambda: clock)
     metrics = tmp_path / "metrics.jsonl"
     progress = Progress(100, [150.0, 250.0])
     progress.begin("run 3 of 7: zero3", 4)

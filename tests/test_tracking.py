@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
 from loop.recipe import parse_recipe
-from loop.tracking import TrackerThread, Tracking, tracker_config
+from loop.telling.tracking import TrackerThread, Tracking, tracker_config
 from tests.distributed.launching import DEBUG, ROOT, clean_environment, start
 from tests.tracker_faults import FAULTS, run_with, what_is_wrong
 
@@ -99,8 +99,8 @@ def test_a_tracker_that_hangs_is_left_behind(where: str) -> None:
     """A whole process, because hanging goes on in the tracker's own hook at the end of it."""
     script = f"""
 import atexit, threading
-from data.errors import end_process
-from loop.tracking import TrackerThread
+from loop.guard.process import end_process
+from loop.telling.tracking import TrackerThread
 hang = threading.Event().wait
 atexit.register(hang)
 TrackerThread.PATIENCE = 0.5

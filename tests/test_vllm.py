@@ -12,7 +12,7 @@ from data.chat import render_prompt
 from data.errors import UserError
 from data.rows import Row
 from data.sums import SYSTEM_PROMPT
-from eval.generate import load_tokenizer
+from eval.answers.generate import load_tokenizer
 from eval.run import Question, ask, parse
 from tests.equality import TINY
 

@@ -5,8 +5,8 @@ from typing import Literal
 import pytest
 import torch
 
-from loop.activations import Event
-from loop.zero import Layout, gathered, held, traffic
+from loop.planning.activations import Event
+from loop.planning.zero_memory import Layout, gathered, held, traffic
 
 BASE, ADAPTERS = [1000, 600, 7], [80, 40]
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}

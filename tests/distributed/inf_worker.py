@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import loop.train
-from data.errors import end_process
+from loop.guard.process import end_process
 from loop.step import summed_nll
 
 

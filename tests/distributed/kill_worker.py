@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import loop.checkpoint
+import loop.saving.checkpoint
 import loop.train
-from data.errors import end_process
+from loop.guard.process import end_process
 
 PHASES = {  # of saving, in order: what is about to be called
-    "gather adapter": (loop.checkpoint, "gather_adapter"),
-    "gather optimizer": (loop.checkpoint, "gather_optimizer"),
-    "publish": (loop.checkpoint, "_publish"),
-    "write adapter": (loop.checkpoint, "_write_adapter"),
-    "check adapter": (loop.checkpoint, "check_adapter"),
-    "write optimizer": (loop.checkpoint, "save_file"),
-    "manifest": (loop.checkpoint, "_fingerprint"),
-    "sync": (loop.checkpoint, "_sync"),
+    "gather adapter": (loop.saving.checkpoint, "gather_adapter"),
+    "gather optimizer": (loop.saving.checkpoint, "gather_optimizer"),
+    "publish": (loop.saving.checkpoint, "_publish"),
+    "write adapter": (loop.saving.checkpoint, "_write_adapter"),
+    "check adapter": (loop.saving.checkpoint, "check_adapter"),
+    "write optimizer": (loop.saving.checkpoint, "save_file"),
+    "manifest": (loop.saving.checkpoint, "_fingerprint"),
+    "sync": (loop.saving.checkpoint, "_sync"),
     "rename": (Path, "rename"),
-    "delete old": (loop.checkpoint, "_delete_old"),
+    "delete old": (loop.saving.checkpoint, "_delete_old"),
 }
 
 

@@ -1,8 +1,8 @@
 """loop/train.py, which also writes down what each rank holds while the optimizer makes an update: held.json.
 
 Every tensor that lives in the process is found through Python's garbage collector and put into a category by what
-refers to its storage; nothing of loop/zero.py is used. `gathered` is what all-gathers of the next step's forward and
-backward pass bring together.
+refers to its storage; nothing of loop/planning/zero_memory.py is used. `gathered` is what all-gathers of the next
+step's forward and backward pass bring together.
 """
 
 import gc
@@ -17,9 +17,9 @@ import torch
 from accelerate.utils import gather_object
 
 import loop.train
-from data.errors import end_process
-from loop.engine import prepare
-from loop.phases import ACCOUNT
+from loop.engine.accelerator import prepare
+from loop.guard.process import end_process
+from loop.measure.phases import ACCOUNT
 
 UPDATE = 3  # by then moments exist, and ZeRO-3 knows the order of the modules
 SMALL = 100  # bytes: counters, norms, sums

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from eval.launch import MARK
+from eval.comparing.launch import MARK
 from tests.distributed.launching import CONFIGS, DEBUG, ROOT, Run, clean_environment, last_step, start
 from tests.distributed.test_disk import IN_NAMESPACE, needs_mount
 

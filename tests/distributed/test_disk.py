@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loop.checkpoint import list_checkpoints, load_checkpoint
+from loop.saving.checkpoint import list_checkpoints, load_checkpoint
 from tests.distributed.launching import CONFIGS, DEBUG, TRAIN, Run, launch, launcher_command, start
 
 LIMIT = 500  # KiB a file: an adapter of 160 KB fits, its optimizer state of 950 KB does not

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loop.checkpoint import list_checkpoints, load_checkpoint
+from loop.saving.checkpoint import list_checkpoints, load_checkpoint
 from tests.distributed.launching import CONFIGS, DEBUG, Running, last_step, launch
 from tests.faults import kill_matrix
 
@@ -32,7 +32,7 @@ ENDLESS_STEP = """
 import pathlib, sys, time
 from unittest.mock import patch
 import loop.train
-from data.errors import end_process
+from loop.guard.process import end_process
 real = loop.train.train_step
 def sleep_in_step_8(*args):
     sleep_in_step_8.steps += 1
@@ -81,7 +81,7 @@ FREEZES = """
 import os, signal
 from unittest.mock import patch
 import loop.train
-from data.errors import end_process
+from loop.guard.process import end_process
 real = loop.train.build_model
 def freeze(*args):
     if os.environ["RANK"] == "1":
@@ -112,7 +112,7 @@ LOADS = """
 import pathlib, sys, time
 from unittest.mock import patch
 import loop.train
-from data.errors import end_process
+from loop.guard.process import end_process
 def load(*args):
     pathlib.Path(sys.argv[0]).with_name("loads").touch()
     time.sleep(1000)

@@ -13,9 +13,9 @@ from typing import Any
 from unittest.mock import patch
 
 import loop.train
-from data.errors import end_process
+from loop.guard.process import end_process
 from loop.recipe import parse_recipe
-from loop.tracking import Tracking
+from loop.telling.tracking import Tracking
 
 
 def main(argv: Sequence[str]) -> None:

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 import loop.train
-from data.errors import end_process
-from loop.checkpoint import save_adapter
-from loop.engine import prepare
+from loop.engine.accelerator import prepare
+from loop.guard.process import end_process
 from loop.recipe import parse_recipe
+from loop.saving.checkpoint import save_adapter
 
 
 def base_differences(model: Any, checkpoint: Path) -> list[str]:

@@ -1,0 +1,78 @@
+"""Answers by vLLM, where it is installed (the extra vllm): a server's engine, for GPUs. It keeps the adapter beside."""
+
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from data.chat import render_prompt, user_text
+from data.errors import UserError
+from data.rows import Row
+from eval.answers.generate import load_tokenizer, timed
+
+
+class Question(Protocol):
+    """What is needed of eval.run's."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def adapter(self) -> Path | None: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+    @property
+    def system_prompt(self) -> str: ...
+    @property
+    def rows(self) -> Sequence[Row]: ...
+    @property
+    def batch_size(self) -> int | None: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+
+
+def check_vllm(verify: int, no_merge: bool) -> None:
+    """Raises UserError where vLLM is not there, or cannot do what is asked for."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "--backend vllm: vLLM is not installed. Run: pip install -e '.[vllm]', on a machine with a GPU."
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "--backend vllm spreads over the GPUs itself: run python -m eval.run without accelerate launch."
+        )
+    if verify or no_merge:
+        raise UserError("--backend vllm goes neither with --verify nor with --no-merge: leave these out.")
+
+
+def ask_vllm(question: Question) -> tuple[list[str], int, float]:
+    """Greedy answers in the rows' order, tokens generated, seconds."""
+    vllm: Any = importlib.import_module("vllm")
+    tokenizer = load_tokenizer(question.model, question.trust_remote_code)
+    engine = vllm.LLM(
+        model=question.model,
+        trust_remote_code=question.trust_remote_code,
+        enable_prefix_caching=True,
+        enable_lora=question.adapter is not None,
+        **({"max_lora_rank": _rank(question.adapter)} if question.adapter else {}),
+        **({"max_num_seqs": question.batch_size} if question.batch_size else {}),
+    )
+    sampling = vllm.SamplingParams(
+        temperature=0.0, max_tokens=question.max_new_tokens, stop_token_ids=[tokenizer.eos_token_id]
+    )
+    adapter = None
+    if question.adapter is not None:
+        adapter = importlib.import_module("vllm.lora.request").LoRARequest("adapter", 1, str(question.adapter))
+    texts = [render_prompt(user_text(row), question.system_prompt, tokenizer) for row in question.rows]
+    prompts = [{"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts]
+    outputs, seconds = timed(lambda: engine.generate(prompts, sampling, lora_request=adapter))
+    ids = [list(output.outputs[0].token_ids) for output in outputs]
+    return [str(tokenizer.decode(each, skip_special_tokens=True)) for each in ids], sum(map(len, ids)), seconds
+
+
+def _rank(adapter: Path) -> int:
+    """The smallest rank vLLM makes room for (8, 16, 32 …) that the adapter's fits into."""
+    rank = int(json.loads((adapter / "adapter_config.json").read_text())["r"])
+    return max(8, 1 << (rank - 1).bit_length())

@@ -1,0 +1,137 @@
+"""One configuration of a comparison: launched, sampled, evaluated, and what became of it in result.json."""
+
+import contextlib
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from data.errors import UserError
+from eval.comparing.accel_files import Configuration
+from eval.comparing.comparison import Comparison, write_whole
+from eval.comparing.launch import end_processes, failure_reason, read_from, run_command
+from eval.comparing.progress import Progress
+from eval.monitor import Monitor, Sampling
+from loop.recipe import ROOT
+
+TRAIN = ROOT / "loop" / "train.py"
+NOT_SAMPLED = Sampling(0, 0.0, 0.0)
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """None as long as this configuration is not done. Raises UserError for what this command has not written."""
+    file = folder / "result.json"
+    try:
+        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        float(result["wall_seconds"]), str(result["status"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}. Remove it, and this configuration is run again.") from error
+    return result
+
+
+def is_done(folder: Path, retry: bool) -> bool:
+    result = result_of(folder)
+    return result is not None and (result["status"] == "finished" or not retry)
+
+
+def training_command(comparison: Comparison, configuration: Configuration, run: Path) -> list[str]:
+    """As a user would type it, but for a free port, and so that all learn from the same effective batch."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", configuration.file, "--main_process_port", "0", str(TRAIN), *comparison.recipe_argv]
+    accumulated = comparison.grad_accum_steps(configuration)
+    if accumulated != comparison.recipe.grad_accum_steps:
+        command += ["--grad_accum_steps", str(accumulated)]
+    return [*command, "--run_dir", str(run), "--tracker", "null"]
+
+
+def train(comparison: Comparison, configuration: Configuration, progress: Progress) -> dict[str, Any]:
+    """Runs the training and returns what result.json says of it."""
+    folder = comparison.out / configuration.name
+    log = folder / "log.txt"
+    monitor: Monitor | None = None
+    begun = time.monotonic()
+
+    def meanwhile(pid: int) -> None:
+        nonlocal monitor
+        if monitor is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                monitor = sampling.enter_context(
+                    Monitor(pid, folder / "samples.csv", comparison.interval, configuration.num_processes)
+                )
+        progress.training(folder / "run" / "metrics.jsonl")
+
+    with contextlib.ExitStack() as sampling:
+        command = training_command(comparison, configuration, folder / "run")
+        code = run_command(command, log, str(folder.resolve()), comparison.timeout, meanwhile)
+    wall_seconds = time.monotonic() - begun
+    status, reason = outcome(code, log, 0, comparison.timeout)
+    return {
+        "name": configuration.name,
+        "accel_config": configuration.file,
+        "status": status,
+        "reason": reason,
+        "wall_seconds": round(wall_seconds, 3),
+        "num_processes": configuration.num_processes,
+        "micro_batch_size": comparison.recipe.micro_batch_size,
+        "grad_accum_steps": comparison.grad_accum_steps(configuration),
+        "sampling": vars(monitor.cost if monitor else NOT_SAMPLED),
+    }
+
+
+def outcome(code: int | None, log: Path, offset: int, timeout: float) -> tuple[str, str | None]:
+    """Status and reason of a command that has ended with `code` and said what is in `log` from `offset`."""
+    if code is None:
+        return "timed out", f"time-out after {timeout:g} s"
+    return ("finished", None) if code == 0 else ("failed", failure_reason(read_from(log, offset), code))
+
+
+def evaluate(comparison: Comparison, configuration: Configuration, progress: Progress) -> tuple[str, str | None]:
+    """Status and reason. The first that gets here asks the base model too, which is the same for all."""
+    folder = comparison.out / configuration.name
+    command = [sys.executable, "-m", "eval.run", "--run", str(folder / "run")]
+    (folder / "run" / "eval.json").unlink(missing_ok=True)  # of an evaluation that was killed
+    if any(base_was_asked(other) for other in comparison.out.glob("*/run/eval.json")):
+        command.append("--adapter-only")
+    log = folder / "log.txt"
+    offset = log.stat().st_size
+    mark = str(folder.resolve())
+    code = run_command(command, log, mark, comparison.timeout, lambda pid: progress.evaluating())
+    status, reason = outcome(code, log, offset, comparison.timeout)
+    return status, f"evaluation: {reason}" if reason else None
+
+
+def base_was_asked(file: Path) -> bool:
+    try:
+        return "base" in json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+
+
+def run_one(comparison: Comparison, configuration: Configuration, progress: Progress) -> dict[str, Any]:
+    """Trains, unless that was done before an interruption, and evaluates. result.json is written last."""
+    folder = comparison.out / configuration.name
+    trained, done = folder / "training.json", folder / "result.json"
+    end_processes(str(folder.resolve()))  # of a comparison that was killed a moment ago
+    if trained.exists():
+        done.unlink(missing_ok=True)
+        shutil.rmtree(folder / "swanlog", ignore_errors=True)  # says that it has failed
+        result = json.loads(trained.read_text(encoding="utf-8"))
+    else:  # half a run is begun anew: its times would not be comparable
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        result = train(comparison, configuration, progress)
+        if result["status"] == "finished":
+            write_whole(trained, result)
+    if result["status"] == "finished":
+        result["status"], result["reason"] = evaluate(comparison, configuration, progress)
+    write_whole(done, result)
+    if result["status"] == "finished":
+        trained.unlink(missing_ok=True)
+    return dict(result)

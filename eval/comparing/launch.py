@@ -1,0 +1,131 @@
+"""Runs a command as a user would, with a time limit, says why it failed, and leaves none of its processes behind."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+LAUNCHERS = (
+    "ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_"
+)  # fmt: skip
+MARK = "PLAINLOOP_STAGE"  # environment variable of all processes of a configuration: its folder
+GRACE = 10.0  # seconds from SIGTERM to SIGKILL
+GUARD = "import sys; from eval.comparing.launch import end_processes; sys.stdin.read(); end_processes(sys.argv[1])"
+LOG_TAIL = 2_000_000  # bytes, of which a reason is looked for
+OUT_OF_MEMORY = re.compile(
+    r"CUDA out of memory|DefaultCPUAllocator: can't allocate|std::bad_alloc|Cannot allocate memory|^MemoryError"
+)
+SIGNAL_9 = re.compile(r"exitcode\s*: -9\b|Signals\.SIGKILL|\(SIGKILL\)")
+GONE = re.compile(r"^error: .*\bdied\b")  # what a rank says that outlived another
+EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
+OF_LAUNCHERS = ("ChildFailedError", "CalledProcessError")  # of a rank that has failed for another reason
+
+
+def clean_environment() -> dict[str, str]:
+    """Ours, without what a launcher would have set."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
+
+
+def run_command(
+    command: Sequence[str], log: Path, mark: str, timeout: float, meanwhile: Callable[[int], None]
+) -> int | None:
+    """Its exit code, or None when it took longer than `timeout` seconds. Appends what it says to `log`.
+
+    Calls `meanwhile` with its process id, at once and then about twice a second. However this ends, so do all of its
+    processes.
+    """
+    deadline = time.monotonic() + timeout
+    with guarded(mark), log.open("ab") as out:
+        process = subprocess.Popen(
+            command,
+            env=clean_environment() | {MARK: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,  # a Ctrl-C in the terminal is for us
+        )
+        while time.monotonic() < deadline:
+            meanwhile(process.pid)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=0.5)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel
+        process.wait(timeout=GRACE)
+    return None
+
+
+@contextmanager
+def guarded(mark: str) -> Iterator[None]:
+    """Ends all processes with this mark when the context is left, and also when this process is killed in it.
+
+    That is done by another process, which waits for the end of its standard input. Process groups would not do:
+    a launcher starts each rank in a session of its own.
+    """
+    command = [sys.executable, "-c", GUARD, mark]
+    guard = subprocess.Popen(command, env=clean_environment(), stdin=subprocess.PIPE, start_new_session=True)
+    assert guard.stdin is not None
+    try:
+        yield
+    finally:
+        guard.stdin.close()
+        guard.wait()
+
+
+def end_processes(mark: str) -> None:
+    """SIGTERM to all processes with this mark, SIGKILL to those that do not heed it."""
+    asked = _marked(mark)
+    for process in asked:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    psutil.wait_procs(asked, timeout=GRACE)
+    for _ in range(10):  # one may have started another in the meantime
+        left = _marked(mark)
+        if not left:
+            return
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=1)
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    marked = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == mark:
+                marked.append(process)
+    return marked
+
+
+def read_from(log: Path, offset: int) -> str:
+    """What was written after `offset` bytes, at most the last two megabytes of it."""
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(offset, size - LOG_TAIL))
+        return file.read().decode("utf-8", errors="replace")
+
+
+def failure_reason(said: str, code: int) -> str:
+    """One line: why a command failed that `said` this and ended with `code`."""
+    lines = said.splitlines()
+    if full := next((line for line in lines if OUT_OF_MEMORY.search(line)), None):
+        return f"out of memory: {_short(full)}"
+    errors = [line for line in lines if line.startswith("error:")]
+    if (code == -9 or SIGNAL_9.search(said)) and all(map(GONE.search, errors)):
+        return "killed (signal 9), as the kernel does when memory runs out"
+    if errors:
+        return _short(errors[-1].removeprefix("error:"))
+    exceptions = [found[1] for line in lines if (found := EXCEPTION.match(line))]
+    own = [text for text in exceptions if not any(name in text for name in OF_LAUNCHERS)]
+    return _short(own[-1]) if own else f"exit code {code}"
+
+
+def _short(line: str) -> str:
+    line = " ".join(line.split())
+    return line if len(line) <= 300 else f"{line[:299]}…"

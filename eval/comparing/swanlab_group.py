@@ -1,0 +1,71 @@
+"""Hands one configuration of a comparison to SwanLab: `python -m eval.comparing.swanlab_group FOLDER [RECIPE OPTIONS]`.
+
+All configurations of a comparison are runs of one group, with the hardware samples beside the metrics.
+"""
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import swanlab  # type: ignore[import-untyped]
+import yaml
+
+from loop.recipe import parse_recipe
+from loop.telling.tracking import tracker_config
+
+ENVIRONMENT = {
+    "SWANLAB_PROBE_GIT": "false",  # a remote's URL may hold a password
+    "SWANLAB_PROBE_MONITOR": "false",  # it would sample this process
+    "SWANLAB_INTERACTIVE": "false",  # it would ask for a key and wait for an answer
+    "SWANLAB_MODE": "offline",  # online, its default, wants an account and a network
+}
+
+
+def config_of(result: dict[str, Any], recipe_argv: list[str]) -> dict[str, Any]:
+    recipe = tracker_config(parse_recipe(recipe_argv)[1])
+    accel = yaml.safe_load(Path(result["accel_config"]).read_text(encoding="utf-8"))
+    recipe["grad_accum_steps"] = result["grad_accum_steps"]
+    return recipe | {"accel": accel, "result": result}
+
+
+def metrics(file: Path) -> list[dict[str, Any]]:
+    """The whole lines, without what was not finite. The last may be half a line, if the run was killed."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    logged = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{key: value for key, value in values.items() if value is not None} for values in logged]
+
+
+def samples(file: Path) -> list[dict[str, float]]:
+    """The measured cells of each row."""
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as rows:
+        return [{f"hardware/{name}": float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(rows)]
+
+
+def main(argv: list[str]) -> None:
+    folder, recipe_argv = Path(argv[0]), argv[1:]
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    run = swanlab.init(
+        project="plainloop",
+        group=folder.resolve().parent.name,
+        name=folder.name,
+        log_dir=str(folder / "swanlog"),
+        config=config_of(result, recipe_argv),
+    )
+    for values in metrics(folder / "run" / "metrics.jsonl"):
+        run.log(values, step=values.pop("step"))
+    # SwanLab drops a repeated step of the same key only, so samples may count steps of their own.
+    run.define_metric("hardware/*", x_axis="hardware/seconds")
+    for number, row in enumerate(samples(folder / "samples.csv")):
+        run.log(row, step=number)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,242 @@
+"""What follows from the figures: sentences, and the reference's own conclusions with a verdict on each."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from eval.reporting.run_summary import BUSY, Run
+
+NOT_MEASURED = "not measured here"
+CONFIRMED, CONTRADICTED, NOT_TESTABLE = "confirmed", "contradicted", "not testable on this machine"
+ENOUGH_STEPS = 8  # steady ones, below which their spread is not known
+SAME = 0.02  # what single measurements vary by, as a share of them
+STAGES = ("reference-stage0", "reference-stage1", "reference-stage2_offload", "reference-stage3_offload")
+STAGE0, STAGE1, STAGE2, STAGE3 = STAGES
+
+
+@dataclass(frozen=True)
+class Published:
+    wall_seconds: float
+    cpu_percent: float  # mean, of the machine
+    process_mb: tuple[int, int]  # as quoted
+
+
+# Of Qwen2.5-14B-Instruct on two 32 GB GPUs. Its MB stand beside ours, which are 10^6 bytes, but can only be of 2^20:
+# 14.77e9 weights in bf16 are 28,171 of those.
+PUBLISHED = {
+    STAGE0: Published(114.0, 7.6, (2431, 28623)),
+    STAGE1: Published(112.0, 8.5, (2421, 27810)),
+    STAGE2: Published(114.0, 9.0, (2679, 25693)),
+    STAGE3: Published(720.0, 11.5, (27213, 49028)),
+}
+PUBLISHED_ANSWERS = {
+    "base": {"accuracy": 0.0, "seconds": 19.67, "tokens_per_second": 20.3, "peak_load_bytes": 28_317.6e6,
+             "peak_inference_bytes": 24.6e6},
+    "tuned": {"accuracy": 1.0, "seconds": 29.60, "tokens_per_second": 12.1, "peak_load_bytes": 28_448.9e6,
+              "peak_inference_bytes": 24.2e6},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quantity:
+    label: str
+    value: float | None
+    uncertainty: float = 0.0  # of `value`, both ways
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"{self.label}: {NOT_MEASURED}"
+        spread = f" ± {self.uncertainty:.3f}" if self.uncertainty else ""
+        return f"{self.label}: {self.value:.3f}{spread}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    text: str
+    published: str
+    what: str  # that the quantities are
+    low: float
+    high: float
+    quantities: Callable[[Sequence[Run]], list[Quantity]]
+    needs_gpu: str = ""  # why, if it does
+
+    def rule(self) -> str:
+        ends = f"at least {self.low:g}" if self.high == math.inf else f"{self.low:.4g} to {self.high:.4g}"
+        return f"{self.what}: {ends}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    ours: list[Quantity]
+    verdict: str
+    reason: str = ""  # why it is not testable
+
+    def __str__(self) -> str:
+        return f"{self.verdict}: {self.reason}" if self.reason else self.verdict
+
+
+def ratio(figure: str, run: Run, to: Run) -> Quantity:
+    """With an uncertainty from the spread of the steps, or of what single measurements vary by."""
+    label = " / ".join(each.name.removeprefix("reference-") for each in (run, to))
+    value, base, spread = run.figure(figure), to.figure(figure), SAME
+    if value is None or not base:
+        return Quantity(label, None)
+    if figure == "step_seconds":
+        if min(run.figure("steady_steps") or 0, to.figure("steady_steps") or 0) < ENOUGH_STEPS:
+            return Quantity(f"{label}, fewer than {ENOUGH_STEPS} steady steps", None)
+        spread = (run.figure("step_uncertainty") or 0.0) + (to.figure("step_uncertainty") or 0.0)
+    return Quantity(label, value / base, value / base * spread)
+
+
+def ratios(figure: str, *pairs: tuple[str, str]) -> Callable[[Sequence[Run]], list[Quantity]]:
+    def of(runs: Sequence[Run]) -> list[Quantity]:
+        named = {run.name: run for run in runs}
+        absent = sorted({name for pair in pairs for name in pair if name not in named})
+        if absent:
+            return [Quantity(", ".join(absent), None)]
+        return [ratio(figure, named[name], named[to]) for name, to in pairs]
+
+    return of
+
+
+def gains(runs: Sequence[Run]) -> list[Quantity]:
+    """Of accuracy; the base model is asked by one of the configurations for all."""
+    bases = [base for run in runs if (base := run.figure("base_accuracy")) is not None]
+    tuned = [(run.name, value) for run in runs if (value := run.figure("tuned_accuracy")) is not None]
+    if not bases or not tuned:
+        return [Quantity("accuracy before and after", None)]
+    return [Quantity(name, value - bases[0]) for name, value in tuned]
+
+
+RULES = (
+    "A conclusion is confirmed when all of our figures lie in its rule's range with the whole of their uncertainty, "
+    "contradicted when one lies outside with the whole of it, and otherwise not testable. The uncertainty of a ratio "
+    "of medians is both medians' notch, 1.57 times the distance of the quartiles by the root of the number of steps "
+    f"(McGill, Tukey, Larsen 1978); of what is measured once it is {100 * SAME:.0f} %. Time is compared by the steady "
+    "step: the wall time of a short run shows how long launching and loading take."
+)
+STEP_TIMES = "ratio of the median steady step times"
+ONLY_HOST = "without a GPU the CPU does the training itself, and all memory is host memory"
+NO_GPU = "it has no GPU"
+# fmt: off
+CLAIMS = (
+    Claim("Stages 0, 1 and 2 + offload tie in time", "1 min 54 s, 1 min 52 s, 1 min 54 s: within about 2 %",
+          STEP_TIMES, 0.97, 1.03,
+          ratios("step_seconds", (STAGE1, STAGE0), (STAGE2, STAGE0), (STAGE2, STAGE1))),
+    Claim("Stage 3 + offload takes about 6.3 times as long as stage 1", "12 min to 1 min 52 s",
+          STEP_TIMES, 6.3 / 1.25, 6.3 * 1.25,
+          ratios("step_seconds", (STAGE3, STAGE1))),
+    Claim("The mean CPU utilisation rises with stage and offload", "7.6, 8.5, 9, 11.5 %",
+          "ratio of each to the one before", 1.0, math.inf,
+          ratios("cpu_percent", (STAGE1, STAGE0), (STAGE2, STAGE1), (STAGE3, STAGE2)), ONLY_HOST),
+    Claim("Stage 3 + offload needs least GPU memory", "a chart",
+          "ratio of the fullest GPU's memory", 0.0, 1.0,
+          ratios("gpu_memory_bytes", (STAGE3, STAGE0), (STAGE3, STAGE1), (STAGE3, STAGE2)), NO_GPU),
+    Claim("With offload the GPUs' utilisation has gaps", "a chart",
+          f"ratio of the share of samples with a utilisation of at least {BUSY:.0f} %, while the GPUs work", 0.0, 0.95,
+          ratios("gpu_busy_percent", (STAGE2, STAGE0), (STAGE2, STAGE1), (STAGE3, STAGE0), (STAGE3, STAGE1)), NO_GPU),
+    Claim("Host memory is much higher with offload", "a chart",
+          "ratio of the resident memory of all processes", 1.25, math.inf,
+          ratios("tree_rss_bytes", (STAGE2, STAGE1), (STAGE3, STAGE1)), ONLY_HOST),
+    Claim("Fine-tuning lifts the accuracy from 0 to 1", "0.0 to 1.0, of 20 prompts",
+          "accuracy after less accuracy before, where one answer in 20 may be wrong", 0.95, 1.0, gains),
+)
+# fmt: on
+
+
+def judge(claim: Claim, runs: Sequence[Run]) -> Verdict:
+    ours = claim.quantities(runs)
+    if claim.needs_gpu and not any(run.usage.get("device_type") == "cuda" for run in runs):
+        return Verdict(ours, NOT_TESTABLE, claim.needs_gpu)
+    known = [(each.value - each.uncertainty, each.value + each.uncertainty) for each in ours if each.value is not None]
+    if any(high < claim.low or low > claim.high for low, high in known):
+        return Verdict(ours, CONTRADICTED)
+    if len(known) < len(ours):
+        return Verdict(ours, NOT_TESTABLE, "a figure is missing")
+    if all(claim.low <= low and high <= claim.high for low, high in known):
+        return Verdict(ours, CONFIRMED)
+    return Verdict(ours, NOT_TESTABLE, "the uncertainty is too large")
+
+
+def conclusions(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The reference's, each beside our numbers and the verdict."""
+    judged = [(claim, judge(claim, runs)) for claim in CLAIMS]
+    return [
+        {
+            "the reference's conclusion": claim.text,
+            "verdict": str(made),
+            "published": claim.published,
+            "ours": "; ".join(map(str, made.ours)),
+            "rule": claim.rule(),
+        }
+        for claim, made in judged
+    ]
+
+
+def memory_kinds(runs: Sequence[Run]) -> dict[str, str]:
+    """What each figure of memory is called."""
+    kinds = sorted({run.memory_of for run in runs if run.usage}) or ["memory"]
+    return {
+        "peak_bytes": f"{' or '.join(kinds)}, peak of a rank",
+        "tree_rss_bytes": "resident host memory of all processes",
+        "gpu_memory_bytes": "memory of the fullest GPU",
+    }
+
+
+def sentences(runs: Sequence[Run]) -> list[str]:
+    """Which configuration is fastest, which needs least memory of each kind, what offload costs, what failed."""
+    return [
+        fastest(runs),
+        *(least(runs, figure, called) for figure, called in memory_kinds(runs).items()),
+        *offload_costs(runs),
+        *(
+            f"{run.name}: {run.result['status']}: {run.result.get('reason')}."
+            for run in runs
+            if run.result.get("status", "finished") != "finished"
+        ),
+    ]
+
+
+def fastest(runs: Sequence[Run]) -> str:
+    timed = sorted((seconds, run.name, run) for run in runs if (seconds := run.figure("step_seconds")))
+    if not timed:
+        return f"Fastest: {NOT_MEASURED}."
+    (least_seconds, name, first), *others = timed
+    told = [(run.name, ratio("step_seconds", run, first)) for _, _, run in others]
+    same = [name for name, times in told if times.value is None or times.value - times.uncertainty <= 1]
+    text = f"Fastest: {name}, {least_seconds:.4g} s a step (median)"
+    text += f", not clearly faster than {', '.join(same)}" if same else ""
+    return text + (f"; slowest: {others[-1][1]}, {others[-1][0] / least_seconds:.2f} times that." if others else ".")
+
+
+def least(runs: Sequence[Run], figure: str, called: str) -> str:
+    needed = {run.name: value for run in runs if (value := run.figure(figure)) is not None}
+    if not needed:
+        return f"Least {called}: {NOT_MEASURED}."
+    name = min(needed, key=lambda each: needed[each])
+    same = [each for each in needed if each != name and needed[each] <= needed[name] * (1 + SAME)]
+    text = f"Least {called}: {name}, {needed[name] / 1e6:,.1f} MB"
+    return text + (f" (within {100 * SAME:.0f} % of it: {', '.join(same)})." if same else ".")
+
+
+def offload_costs(runs: Sequence[Run]) -> list[str]:
+    """Each configuration that offloads against the first of the same stage that does not."""
+    without = {run.stage: run for run in reversed(runs) if not run.offloaded}
+    texts = []
+    for run in runs:
+        if not run.offloaded:
+            continue
+        text = f"Offload of {' and '.join(run.offloaded)} ({run.name})"
+        if (base := without.get(run.stage)) is None:
+            texts.append(f"{text}: nothing of stage {run.stage} without offload to compare with.")
+            continue
+        times = ratio("step_seconds", run, base)
+        cost = f"{times.value:.2f} ± {times.uncertainty:.2f} times" if times.value else NOT_MEASURED
+        memory = [f"{called} {difference(run, base, figure)}" for figure, called in memory_kinds(runs).items()]
+        texts.append(f"{text} costs, against {base.name}: step time {cost}; {'; '.join(memory)}.")
+    return texts
+
+
+def difference(run: Run, base: Run, figure: str) -> str:
+    value, other = run.figure(figure), base.figure(figure)
+    return NOT_MEASURED if value is None or other is None else f"{(value - other) / 1e6:+,.1f} MB"

@@ -1,0 +1,272 @@
+"""What stands on a page: tables, charts and sentences, of a comparison or of runs on their own."""
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.reporting.charts import Chart, loss_charts, metric_chart, phase_chart, sample_chart
+from eval.reporting.conclusions import (
+    NOT_MEASURED,
+    PUBLISHED,
+    PUBLISHED_ANSWERS,
+    RULES,
+    STAGE1,
+    STAGES,
+    conclusions,
+    sentences,
+)
+from eval.reporting.run_summary import Run, sample_figures
+
+ABSENT = "–"  # there is no such thing, so nothing was to be measured
+SHOWN = 200  # failed answers of a model on a page
+# Title with unit, figure, what it is divided by, decimals.
+ROWS = (
+    ("wall time, s", "wall_seconds", 1, 1),
+    ("steady step time, s: median", "step_seconds", 1, 4),
+    ("steady step time, s", "step_quartiles", 1, 4),
+    ("steady steps", "steady_steps", 1, 0),
+    ("samples a second", "samples_per_second", 1, 1),
+    ("tokens a second", "tokens_per_second", 1, 1),
+    ("model FLOPs utilisation, %", "mfu", 0.01, 2),
+    ("CPU use of the machine, mean %", "machine_cpu_percent", 1, 1),
+    ("CPU use by the run's processes, mean % of all cores", "cpu_percent", 1, 1),
+    ("GPU utilisation, mean %", "gpu_utilisation_percent", 1, 1),
+    ("CPU use by the sampling itself, % of a core", "sampling_share", 0.01, 2),
+    ("peak memory of a rank, MB", "peak_bytes", 1e6, 1),
+    ("peak memory of a rank by phase, MB", "phase_peak_bytes", 1e6, 1),
+    ("resident host memory of all processes, peak MB", "tree_rss_bytes", 1e6, 1),
+    ("resident host memory, peak MB", "rank_rss_bytes", 1e6, 1),
+    ("shared memory of all processes, peak MB", "tree_shared_bytes", 1e6, 1),
+    ("swap of all processes, peak MB", "tree_swap_bytes", 1e6, 1),
+    ("host memory of the machine beyond the launch, peak MB", "machine_used_bytes", 1e6, 1),
+    ("GPU memory, peak MB", "gpu_memory_bytes", 1e6, 1),
+    ("communication a step and rank, MB", "communication_bytes", 1e6, 3),
+    ("communication a step and rank by kind, MB", "collective_bytes", 1e6, 3),
+    ("training loss at the end, nats a label token", "final_loss", 1, 4),
+    ("validation loss at the end, nats a label token", "final_validation_loss", 1, 4),
+    ("accuracy after training", "tuned_accuracy", 1, 3),
+)
+SCORE_ROWS = (
+    ("accuracy", "accuracy", 1, 3),
+    ("prefix right", "prefix_rate", 1, 3),
+    ("seconds", "seconds", 1, 2),
+    ("tokens a second", "tokens_per_second", 1, 1),
+    ("peak memory, loading, MB", "peak_load_bytes", 1e6, 1),
+    ("peak memory, inference beyond that, MB", "peak_inference_bytes", 1e6, 1),
+)
+USED = ("engine", "precision", "memory_of", "parameters", "trainable", "first_step", "last_step", "rows", "tokens")
+HOW = (
+    "Steps are steady after the first 10 %, at least 3. Quartiles are of rank 0's steps: data, forward, backward and "
+    "update. FLOPs are forward's and backward's of real tokens, without recomputation; the peak is a matrix product's "
+    "on the same machine. MB are 10^6 bytes. Communication is that of the rank with most, each collective counted by "
+    "its whole tensor. A dash stands for what a run does not have."
+)
+AVERAGED = "A line of more than 100 points is drawn as means over hundredths of the x axis; the CSV has all points."
+
+
+@dataclass(frozen=True)
+class Table:
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    folded: bool = False  # until it is asked for
+    words: bool = False  # set to the left, in columns that wrap
+
+
+Block = str | Table | Chart
+
+
+@dataclass(frozen=True)
+class Page:
+    title: str
+    about: str
+    sections: dict[str, Sequence[Block]]
+
+
+def cell(value: float | None, divisor: float = 1, decimals: int = 1) -> str:
+    if value is None:
+        return NOT_MEASURED
+    value /= divisor
+    text = f"{value:,.{min(decimals, 1) if abs(value) >= 1000 else decimals}f}"
+    return text if value == 0 or text.strip("-0.") else f"{value:.1e}"  # what is not 0 does not read as 0
+
+
+def figure_rows(runs: Sequence[Run], leave_out: Container[str] = ()) -> list[list[str]]:
+    """A line for each figure, or for each of its parts."""
+    rows = [
+        ["state", *map(state, runs)],
+        ["peak memory of a rank is its", *(run.memory_of or NOT_MEASURED for run in runs)],
+    ]
+    for title, key, divisor, decimals in ROWS:
+        figures = [run.figures.get(key) for run in runs]
+        parts = dict.fromkeys(part for figure in figures if isinstance(figure, dict) for part in figure)
+        for part in parts or [""] * (key not in leave_out):
+            cells = [
+                ABSENT
+                if isinstance(figure, dict) and part not in figure
+                else cell(figure.get(part) if isinstance(figure, dict) else figure, divisor, decimals)
+                for figure in figures
+            ]
+            rows.append([f"{title}: {part}" if part else title, *cells])
+    return rows
+
+
+def state(run: Run) -> str:
+    said = [str(run.result[key]) for key in ("status", "reason") if run.result.get(key)]
+    return ": ".join(said) or ("finished" if run.usage else "not known to have ended")
+
+
+def effective_batch(run: Run) -> str:
+    keys = ("num_processes", "micro_batch_size", "grad_accum_steps")
+    return " x ".join(str(run.result[key]) for key in keys if key in run.result) or ABSENT
+
+
+def published_table(runs: Sequence[Run]) -> Table:
+    """The reference's four first, then ours that it does not have."""
+    named = {run.name: run for run in runs}
+    of_stage1 = named[STAGE1].figure("wall_seconds") if STAGE1 in named else None
+    rows = []
+    for name in dict.fromkeys([*STAGES, *named]):
+        published, run = PUBLISHED.get(name), named.get(name)
+        wall = run.figure("wall_seconds") if run else None
+        ranks = run.figures.get("rank_rss_bytes") if run else None
+        memory = [cell(value, 1e6, 0) for value in ranks.values()] if isinstance(ranks, dict) else []
+        theirs = [ABSENT] * 4
+        if published:
+            times = published.wall_seconds / PUBLISHED[STAGE1].wall_seconds
+            process_mb = " / ".join(map(str, published.process_mb))
+            theirs = [cell(published.wall_seconds, 1, 0), cell(times, 1, 2), str(published.cpu_percent), process_mb]
+        ours = [
+            cell(wall),
+            cell(wall / of_stage1 if wall and of_stage1 else None, 1, 2),
+            cell(run.figure("cpu_percent") if run else None),
+            " / ".join(memory) or NOT_MEASURED,
+        ]
+        rows.append([name, *(value for pair in zip(theirs, ours, strict=True) for value in pair)])
+    heads = ("wall time, s", "times stage 1", "mean CPU utilisation, %", "process memory, MB")
+    caption = "The reference's table: Qwen2.5-14B on two 32 GB GPUs, beside this recipe on this machine"
+    return Table(caption, ["", *(f"{head}: {whose}" for head in heads for whose in ("published", "ours"))], rows)
+
+
+def answers_table(runs: Sequence[Run]) -> Table:
+    """Before and after: the reference's, and ours."""
+    columns = {f"published, {label}": score for label, score in PUBLISHED_ANSWERS.items()}
+    columns |= {f"{run.name}, {label}": score for run in runs for label, score in run.scores.items()}
+    rows = [
+        [title, *(cell(score[key], divisor, decimals) if key in score else ABSENT for score in columns.values())]
+        for title, key, divisor, decimals in SCORE_ROWS
+    ]
+    return Table("Before and after training", ["", *columns], rows)
+
+
+def settings(values: Any, prefix: str = "") -> dict[str, str]:
+    """Of a recipe and the like, flat."""
+    if isinstance(values, list) and any(isinstance(value, dict) for value in values):
+        values = dict(enumerate(values))
+    if not isinstance(values, dict):
+        shown = values if isinstance(values, list) else [values]
+        return {
+            prefix: ", ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown) or "none"
+        }
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        flat |= settings(value, f"{prefix}.{key}".lstrip("."))
+    return flat
+
+
+def settings_table(caption: str, columns: Mapping[str, Any], folded: bool = False) -> Table:
+    flat = {name: settings(values) for name, values in columns.items() if values}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    rows = [[key, *(values.get(key, ABSENT) for values in flat.values())] for key in keys]
+    return Table(caption, ["", *flat], rows, folded, words=True)
+
+
+def conclusions_table(judged: Sequence[Mapping[str, str]]) -> Table:
+    return Table("The reference's conclusions", list(judged[0]), [list(each.values()) for each in judged], words=True)
+
+
+def comparison_page(comparison: Mapping[str, Any], runs: Sequence[Run]) -> Page:
+    recipe = " ".join(map(str, [comparison["recipe"], *comparison["overrides"]]))
+    names = [run.name for run in runs]
+    batch = ["processes x rows x accumulated", *map(effective_batch, runs)]
+    shared = next((run.recipe for run in runs if run.recipe), {})
+    machine = comparison["machine"] | {
+        "seconds between samples": comparison["interval"],
+        "matrix product in bf16, FLOP/s": comparison["matmul_peak_flops"] or NOT_MEASURED,
+        "matrix product in fp32, FLOP/s": comparison.get("matmul_peak_flops_fp32") or NOT_MEASURED,
+    }
+    of_gpus, of_cores = "% (mean of the GPUs in use)", "% of all cores"
+    return Page(
+        f"{len(runs)} configurations of {comparison['recipe']}",
+        f"Recipe {recipe}, {comparison['date']}.",
+        {
+            "Findings": [*sentences(runs), conclusions_table(conclusions(runs)), RULES],
+            "The reference and this machine": [published_table(runs), answers_table(runs)],
+            "Each configuration": [HOW, Table("Figures", ["", *names], [batch, *figure_rows(runs)])],
+            "Over time": [
+                AVERAGED,
+                sample_chart("gpu_utilisation", "GPU utilisation", of_gpus, "gpu_utilisation_percent", runs),
+                sample_chart("gpu_memory", "GPU memory, of the fullest GPU", "used, ", "gpu_memory_bytes", runs),
+                sample_chart("cpu_utilisation", "CPU utilisation by the run", of_cores, "cpu_percent", runs),
+                sample_chart("host_memory", "Host memory of all processes", "resident, ", "tree_rss_bytes", runs),
+            ],
+            "Loss": loss_charts(runs),
+            "Machine and versions": [
+                settings_table("Machine", {"this machine": machine}),
+                settings_table("Versions", {"version": comparison["versions"]}),
+                settings_table("Recipe", {f"that of {comparison['recipe']}": shared}, folded=True),
+            ],
+        },
+    )  # fmt: skip
+
+
+def run_page(runs: Sequence[Run]) -> Page:
+    names = [run.name for run in runs]
+    unfinished = [
+        f"{run.name} has no usage.json: it has not come to its end, or is older than such files."
+        for run in runs
+        if not run.usage
+    ]
+    figures = figure_rows(runs, leave_out={*sample_figures({}), "sampling_share"})
+    machine = {
+        run.name: {key: run.usage[key] for key in USED if key in run.usage}
+        | {f"rank {rank['rank']}": rank.get("device") for rank in run.usage.get("ranks", [])}
+        for run in runs
+    }
+    return Page(
+        f"Run {names[0]}" if len(runs) == 1 else f"{len(runs)} runs",
+        "",
+        {
+            "Findings": sentences(runs) if len(runs) > 1 else [],
+            "Figures": [*unfinished, HOW, Table("Figures", ["", *names], figures)],
+            "Training": [
+                *loss_charts(runs),
+                metric_chart("train/lr", "Learning rate", "learning rate", runs),
+                metric_chart("train/grad_norm", "Gradient norm before clipping", "norm", runs),
+                metric_chart("train/tokens_per_second", "Throughput", "tokens a second, without padding", runs),
+                phase_chart(runs),
+            ],
+            "Answers that failed": [block for run in runs for block in failed_answers(run)],
+            "Machine, versions, recipe": [
+                settings_table("Machine", machine),
+                settings_table("Versions", {run.name: run.versions for run in runs}),
+                settings_table("Recipe", {run.name: run.recipe for run in runs}, folded=True),
+            ],
+        },
+    )
+
+
+def failed_answers(run: Run) -> list[Block]:
+    if not run.answers:
+        return [f"{run.name}: {NOT_MEASURED}. python -m eval.run --run {run.name} asks base and tuned model."]
+    blocks: list[Block] = []
+    for model in dict.fromkeys(answer.get("model") for answer in run.answers):
+        asked = [answer for answer in run.answers if answer.get("model") == model]
+        failed = [answer for answer in asked if not answer.get("right")]
+        caption = f"{run.name}, {model}: {len(failed)} of {len(asked)} answers failed"
+        caption += f", the first {SHOWN} of which are these" if len(failed) > SHOWN else ""
+        rows = [[str(answer.get(key)) for key in ("instruction", "answer", "reason")] for answer in failed[:SHOWN]]
+        blocks.append(
+            Table(caption, ["asked", "answer", "what is wrong"], rows, folded=True) if rows else f"{caption}."
+        )
+    return blocks

@@ -1,0 +1,210 @@
+"""What the folders of runs say, in numbers. A figure that is None, or not there, was not measured."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.reporting.run_files import Columns, number, read_columns, read_jsonl, read_metrics, read_object, reading
+
+STEP_PHASES = ("data", "forward", "backward", "update")
+PHASES = ("start", "load", *STEP_PHASES, "validate", "save", "other")
+GPU_IN_USE = 50e6  # bytes that its memory grows by: less than a CUDA context takes
+BUSY = 50.0  # per cent of utilisation; below, a GPU mostly waits
+
+Figure = float | dict[str, float | None] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A dictionary or list is empty when its file is not there."""
+
+    name: str
+    result: dict[str, Any]  # result.json
+    usage: dict[str, Any]
+    memory_of: str  # what the ranks' peaks count
+    stage: int | None  # of ZeRO
+    offloaded: list[str]
+    recipe: dict[str, Any]
+    versions: dict[str, Any]
+    scores: dict[str, Any]  # eval.json
+    answers: list[dict[str, Any]]
+    metrics: list[dict[str, float | None]]
+    samples: Columns
+    figures: dict[str, Figure]
+
+    def figure(self, key: str) -> float | None:
+        """One number; of a figure with several, the largest."""
+        value = self.figures.get(key)
+        return largest(value.values()) if isinstance(value, dict) else value
+
+
+def measured(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def largest(values: Iterable[float | None]) -> float | None:
+    return max(measured(values), default=None)
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    there = measured(values)
+    return sum(there) / len(there) if there else None
+
+
+def derived_columns(columns: Columns, cores: int | None) -> Columns:
+    """All GPUs in use as one, and the CPU's use by the processes in per cent of all cores."""
+    gpus = sorted({found[1] for name in columns if (found := re.match(r"(gpu\d+)_", name))})
+    memory = {gpu: measured(columns[f"{gpu}_memory_bytes"]) for gpu in gpus}
+    in_use = [gpu for gpu in gpus if memory[gpu] and max(memory[gpu]) - memory[gpu][0] > GPU_IN_USE] or gpus
+    combine: dict[str, Callable[[Iterable[float | None]], float | None]] = {
+        "utilisation_percent": mean,
+        "memory_bytes": largest,
+    }
+    derived = {
+        f"gpu_{what}": [combined(row) for row in zip(*(columns[f"{gpu}_{what}"] for gpu in in_use), strict=True)]
+        for what, combined in combine.items()
+        if in_use
+    }
+    if cores:
+        percents = columns.get("tree_cpu_percent", [])
+        derived["cpu_percent"] = [None if percent is None else percent / cores for percent in percents]
+    return derived
+
+
+def sample_figures(columns: Columns) -> dict[str, Figure]:
+    """Means and maxima over the whole training, loading included."""
+
+    def each(pattern: str, name: str) -> Figure:
+        found = {int(match[1]): key for key in columns if (match := re.fullmatch(pattern, key))}
+        return {f"{name} {place}": largest(columns[found[place]]) for place in sorted(found)} or None
+
+    figures: dict[str, Figure] = {
+        key: mean(columns.get(key, [])) for key in ("machine_cpu_percent", "cpu_percent", "gpu_utilisation_percent")
+    }
+    figures |= {
+        key: largest(columns.get(key, [])) for key in ("tree_rss_bytes", "tree_shared_bytes", "tree_swap_bytes")
+    }
+    used = measured(columns.get("machine_used_bytes", []))
+    busy = measured(columns.get("gpu_utilisation_percent", []))
+    at_work = [place for place, percent in enumerate(busy) if percent > 0]
+    return figures | {
+        "machine_used_bytes": max(used) - used[0] if used else None,
+        "rank_rss_bytes": each(r"rank(\d+)_rss_bytes", "rank"),
+        "gpu_memory_bytes": each(r"gpu(\d+)_memory_bytes", "GPU"),
+        "gpu_busy_percent": mean(100.0 * (busy[place] >= BUSY) for place in range(at_work[0], at_work[-1] + 1))
+        if at_work
+        else None,
+    }
+
+
+def usage_figures(usage: Mapping[str, Any], peaks: Mapping[str, Any]) -> dict[str, Figure]:
+    """`peaks`: comparison.json, which has a matrix product's FLOP/s; may be empty."""
+    steps, ranks = [number(seconds) for seconds in usage["step_seconds"]], usage["ranks"]
+    phases = [rank["phases"] for rank in ranks]
+    figures: dict[str, Figure] = {
+        "wall_seconds": number(usage["wall_seconds"]),
+        "peak_bytes": {
+            f"rank {rank['rank']}": largest(cost["peak_bytes"] for cost in rank["phases"].values()) for rank in ranks
+        },
+        "phase_peak_bytes": {
+            phase: largest(costs[phase]["peak_bytes"] for costs in phases if phase in costs)
+            for phase in PHASES
+            if any(phase in costs for costs in phases)
+        },
+    }
+    if steps and usage["engine"] != "PyTorch DDP":  # whose collectives are not seen
+        traffic = [_traffic(costs, len(steps)) for costs in phases]
+        figures["communication_bytes"] = max(sum(of_rank.values()) for of_rank in traffic)
+        figures["collective_bytes"] = {
+            kind: max(of_rank.get(kind, 0.0) for of_rank in traffic) for kind in sorted({k for t in traffic for k in t})
+        }
+    if steady := steps[max(3, math.ceil(len(steps) / 10)) :]:
+        lower, median, upper = (float(value) for value in np.percentile(steady, (25, 50, 75)))
+        a_second = 1 / len(steps) / median
+        key = "matmul_peak_flops" + ("_fp32" if usage["precision"] == "no" else "")
+        peak = peaks.get(key, {}).get(usage["device_type"])
+        devices = len(ranks) if usage["device_type"] == "cuda" else 1  # the CPU's peak is of all cores
+        figures |= {
+            "steady_steps": len(steady),
+            "step_seconds": median,
+            "step_quartiles": {"lower quartile": lower, "upper quartile": upper},
+            # Half of a notch: medians whose notches do not overlap differ (McGill, Tukey, Larsen 1978).
+            "step_uncertainty": 1.57 * (upper - lower) / math.sqrt(len(steady)) / median,
+            "samples_per_second": number(usage["rows"]) * a_second,
+            "tokens_per_second": number(usage["tokens"]) * a_second,
+            "mfu": number(usage["model_flops"]) * a_second / number(peak) / devices if peak else None,
+        }
+    return figures
+
+
+def _traffic(phases: Mapping[str, Any], num_steps: int) -> dict[str, float]:
+    """Bytes a step of one rank, by the kind of collective."""
+    traffic: dict[str, float] = {}
+    for phase in STEP_PHASES:
+        for kind, cost in phases.get(phase, {}).get("collectives", {}).items():
+            traffic[kind] = traffic.get(kind, 0.0) + number(cost["bytes"]) / num_steps
+    return traffic
+
+
+def _zero(file: Path) -> tuple[int | None, list[str]]:
+    """Stage, and what is offloaded, for example ["optimizer to cpu"]."""
+    zero = read_object(file).get("zero_optimization", {})
+    with reading(file):
+        stage = int(number(zero["stage"])) if zero else None
+        devices = {part: (zero.get(f"offload_{part}") or {}).get("device") for part in ("optimizer", "param")}
+        return stage, [f"{part} to {device}" for part, device in devices.items() if device not in (None, "none")]
+
+
+def read_run(name: str, folder: Path, comparison: Mapping[str, Any] | None = None) -> Run:
+    """Of a run folder or, with what comparison.json says, of a configuration's folder. Raises UserError.
+
+    A training that did not come to its end has no figures, which would be of half a run, but curves.
+    """
+    run = folder if comparison is None else folder / "run"
+    usage, scores = read_object(run / "usage.json"), read_object(run / "eval.json")
+    metrics = read_metrics(run / "metrics.jsonl")
+    stage, offloaded = _zero(run / "deepspeed_config.json")
+    result: dict[str, Any] = {}
+    samples: Columns = {}
+    figures: dict[str, Figure] = {}
+    with reading(run / "usage.json"):
+        figures |= usage_figures(usage, comparison or {}) if usage else {}
+    if comparison is not None:
+        cores = comparison["machine"]["cores"]
+        result = read_object(folder / "result.json")
+        with reading(folder / "samples.csv"):
+            samples = read_columns(folder / "samples.csv")
+            samples |= derived_columns(samples, cores)
+            figures |= sample_figures(samples) if usage else {}
+        with reading(folder / "result.json"):
+            if result and usage:
+                figures["wall_seconds"] = number(result["wall_seconds"])
+                figures["sampling_share"] = number(result["sampling"]["share_of_a_core"])
+    with reading(run / "eval.json"):
+        scores = {
+            label: {key: number(value) for key, value in score.items() if isinstance(value, int | float)}
+            for label, score in scores.items()
+        }
+        figures |= {f"{label}_accuracy": score["accuracy"] for label, score in scores.items()}
+    for key, figure in (("train/loss", "final_loss"), ("val/loss", "final_validation_loss")):
+        figures[figure] = next((line[key] for line in reversed(metrics) if line.get(key) is not None), None)
+    return Run(
+        name=name,
+        result=result,
+        usage=usage,
+        memory_of=str(usage.get("memory_of", "")),
+        stage=stage,
+        offloaded=offloaded,
+        recipe=read_object(run / "recipe.yaml"),
+        versions=read_object(run / "versions.json"),
+        scores=scores,
+        answers=read_jsonl(run / "answers.jsonl"),
+        metrics=metrics,
+        samples=samples,
+        figures=figures,
+    )

@@ -1,0 +1,100 @@
+"""batching: which layout the micro-batches have, chosen by the tokens that each would compute."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+
+from data.batch import Order, deal, epoch_order
+from data.errors import UserError
+from data.examples import Example, lengths_of
+from data.layout import Layout, collate, shared_prefix
+from loop.model.attention import BY_ROW, why_not_plain_attention
+from loop.model.head import has_plain_head
+from loop.recipe import Recipe
+
+COUNTED = 1000  # steps of the first epoch that are looked at
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of the same rows: as each of them has them, and how they are computed."""
+
+    real: int
+    padding: int
+    shared: int  # left out, because another row of the micro-batch has computed them
+
+    @property
+    def computed(self) -> int:
+        return self.real + self.padding - self.shared
+
+
+def choose_layout(
+    recipe: Recipe, examples: Sequence[Example], base: Any, num_processes: int, validation: Sequence[Example] = ()
+) -> tuple[Layout, str]:
+    """The recipe's, or for auto that with the fewest tokens to compute of those that the model `base` can do; and why.
+
+    `base` lies on the meta device. Raises UserError when the recipe wants one that it cannot do.
+    """
+    said = recipe.batching
+    longest = max(int(lengths_of(rows).max()) for rows in (examples, validation) if rows)
+    problem = None if said == "padded" else why_not_in_one_row(recipe, longest, base)
+    if said in ("packed", "shared_prefix") and problem:
+        raise UserError(f"batching: {said} does not work here, because {problem}. Use padded, or auto.")
+    rows_per_step = recipe.micro_batch_size * recipe.grad_accum_steps * num_processes
+    order = epoch_order(len(examples), recipe.seed, 0)[: COUNTED * rows_per_step]
+    possible: tuple[Layout, ...] = LAYOUTS if said == "auto" else ("padded", said)
+    possible = ("padded",) if problem else possible
+    counts = {layout: count_tokens(recipe, examples, order, num_processes, layout) for layout in possible}
+    layout = min(counts, key=lambda name: counts[name].computed) if said == "auto" else said
+    found = counts[layout]
+    steps = "" if len(order) == len(examples) else f" in the first {COUNTED:,} steps"
+    less = 1 - found.computed / counts["padded"].computed
+    why = f"{layout}{' (auto)' if said == 'auto' else ''}: {found.computed:,} tokens to compute{steps}"
+    why += f" ({found.real:,} real + {found.padding:,} padding - {found.shared:,} shared), {less:.0%} less than padded"
+    return layout, why + (f"; {problem}" if problem and said == "auto" else "")
+
+
+def count_tokens(
+    recipe: Recipe, examples: Sequence[Example], order: Order, num_processes: int, layout: Layout
+) -> Tokens:
+    real = padding = shared = 0
+    micro_batches = recipe.grad_accum_steps * num_processes
+    for dealt in deal(examples, order, recipe.micro_batch_size, micro_batches, layout):
+        for rows in filter(None, dealt):
+            lengths = [example.length for example in rows]
+            real += sum(lengths)
+            if layout == "padded":
+                padding += len(rows) * max(lengths) - sum(lengths)
+            elif layout == "shared_prefix":
+                shared += (len(rows) - 1) * shared_prefix(rows)
+    return Tokens(real, padding, shared)
+
+
+def why_not_in_one_row(recipe: Recipe, longest: int, base: Any) -> str | None:
+    """What keeps rows of this model, of `longest` tokens at most, from standing behind one another; None: nothing."""
+    if recipe.model.attn_implementation != "sdpa":
+        return f"model.attn_implementation is {recipe.model.attn_implementation}, and only sdpa keeps rows apart"
+    if not base._can_set_attn_implementation() or not has_plain_head(base):
+        return f"{type(base).__name__} does not let its attention be replaced"
+    if limit := why_not_plain_attention(base, longest):
+        return limit
+    return None if _keeps_apart(base) else f"{type(base).__name__} does not tell its attention which rows to keep apart"
+
+
+def _keeps_apart(base: Any) -> bool:
+    """Whether each attention layer is told; tried out. Some decoders keep keyword arguments to themselves."""
+    before = base.config._attn_implementation
+    rows = [Example(1, [0, 1], [2]), Example(2, [0, 3], [4, 5])]
+    batch = collate(rows, "shared_prefix", pad_token_id=0).to(torch.device("meta"))
+    try:
+        base.set_attn_implementation(BY_ROW)
+        with torch.no_grad():
+            getattr(base, base.base_model_prefix)(**batch.inputs, use_cache=False)
+    except Exception:  # it was not told, or wants more than it gets here
+        return False
+    finally:
+        base.set_attn_implementation(before)
+    return True

@@ -1,0 +1,120 @@
+"""What a training would do, looked at without starting one: rows with their masks, learning rates, contradictions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from data.errors import UserError
+from data.examples import Example, lengths_of
+from data.rows import count_rows
+from loop.model.build import Data, build_data, build_lr_scheduler, build_tokenizer, warmup_steps
+from loop.recipe import Recipe, find_model, find_path
+from loop.saving.run_folder import check_run_folder
+
+SHOWN = 5  # rows
+
+
+@dataclass
+class Findings:
+    """`problems` would keep a training from starting; `notes` are worth knowing."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def attempt(self, action: Callable[[], Any]) -> Any:
+        """The action's result; None after a UserError, which becomes a problem."""
+        try:
+            return action()
+        except UserError as error:
+            self.problems.append(str(error))
+            return None
+
+
+def open_tokenizer(recipe: Recipe, found: Findings) -> PreTrainedTokenizerBase | None:
+    """A folder's, or one that was downloaded before; a plan asks no network."""
+    name = found.attempt(lambda: find_model(recipe.model.name_or_path))
+    if name is None:
+        return None
+    if not Path(name).is_dir():
+        try:
+            AutoTokenizer.from_pretrained(name, local_files_only=True)
+        except Exception:  # transformers has many for what is not there
+            found.notes.append(
+                f"no tokenizer of {name} on this machine: every row is taken for {recipe.data.max_length} tokens "
+                f"(data.max_length), and rows are not shown. For real lengths: hf download {name} --include '*.json'"
+            )
+            return None
+    tokenizer: PreTrainedTokenizerBase | None = found.attempt(lambda: build_tokenizer(recipe))
+    return tokenizer
+
+
+def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, found: Findings) -> Data | None:
+    """Tokenized where there is a tokenizer; otherwise both files are only checked, and None."""
+    if tokenizer is not None:
+        data: Data | None = found.attempt(lambda: build_data(recipe, tokenizer))
+        return data
+    for file in (recipe.data.train_file, recipe.data.validation_file):
+        if file:
+            found.attempt(partial(count_rows, find_path(file)))
+    return None
+
+
+def contradictions(recipe: Recipe, data: Data | None, model: Any, steps: int, rows: int, found: Findings) -> None:
+    """Adds to `found` what single values do not show; `steps` in all, on `rows` training rows."""
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    longest = int(lengths_of(data.train).max()) if data else 0
+    if most and longest > most:
+        found.problems.append(f"the longest row has {longest} tokens, but the model was made for {most} at most.")
+    warm = warmup_steps(recipe, steps)
+    if recipe.optim.warmup_ratio > 0 and warm >= steps:
+        found.notes.append(f"all {steps} steps are warm-up: the peak learning rate is never used.")
+    for key, value in (("log_every", recipe.log_every), ("save_every", recipe.save_every)):
+        if value > steps:
+            found.notes.append(f"{key} is {value}, but there are only {steps} steps.")
+    if recipe.micro_batch_size > rows:
+        found.notes.append(f"micro_batch_size is {recipe.micro_batch_size}, but there are only {rows} rows.")
+    if data and data.validation and (both := set(map(key_of, data.train)) & set(map(key_of, data.validation))):
+        found.notes.append(f"{len(both)} validation rows are training rows too: val/loss will flatter.")
+    if recipe.lora.alpha / recipe.lora.rank > 64:
+        found.notes.append(f"lora.alpha / lora.rank is {recipe.lora.alpha / recipe.lora.rank:g}: an unusual scale.")
+    found.attempt(lambda: check_run_folder(recipe, None))
+
+
+def key_of(example: Example) -> int:
+    return hash((*example.prompt_ids, -1, *example.answer_ids))
+
+
+def key_rates(recipe: Recipe, steps: int) -> list[tuple[int, float]]:
+    """(step, learning rate of its update) at the beginning, the end of warm-up, each quarter and the end."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.optim.lr)
+    scheduler = build_lr_scheduler(recipe, optimizer, steps)
+    warm = warmup_steps(recipe, steps)
+    wanted = sorted({1, warm, warm + 1, steps // 4, steps // 2, 3 * steps // 4, steps} & set(range(1, steps + 1)))
+    rates = []
+    for step in range(1, steps + 1):
+        if step in wanted:
+            rates.append((step, float(optimizer.param_groups[0]["lr"])))
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def shown_rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first rows as the model reads them: what is only read, and what is learned."""
+    lines = []
+    for example in examples[:SHOWN]:
+        masked, learned = (
+            str(tokenizer.decode(ids)).replace("\n", "\\n") for ids in (example.prompt_ids, example.answer_ids)
+        )
+        lines += [
+            f"row {example.row}",
+            f"  masked  {len(example.prompt_ids):>4} tokens  {masked}",
+            f"  learned {len(example.answer_ids):>4} tokens  {learned}",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,187 @@
+"""The plan as text, as JSON, and its advice."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import yaml
+
+from loop.planning.dry_run import Findings, key_rates
+from loop.planning.estimate import COMFORT, Estimate, Hardware, Subject, estimate, recommend
+from loop.recipe import Recipe, recipe_as_dict
+
+PARTS = {"compute": "computing", "interconnect": "the interconnect", "host_bus": "the host bus"}
+MOST_GPUS = 64  # looked at when nothing fits
+
+
+def memory_table(estimates: Sequence[Estimate], unit: float, given: Hardware, chosen: Estimate | None) -> str:
+    """One line a configuration and number of GPUs."""
+    head = ["configuration", "GPUs", "weights", "adapters", "gradients", "optimizer", "buffers", "activations"]
+    head += ["(checkpointed)", "(kept)", "logits", "gathered", "GPU peak", "host load", "host", "fits"]
+    lines = []
+    for one in estimates:
+        held = one.device
+        sizes = [held.base, held.adapters, held.gradients, held.optimizer, held.buffers, one.activations]
+        sizes += [one.activations_recomputing, one.activations_keeping, one.logits, one.gathered, one.device_peak]
+        sizes += [one.host_load, one.host_steady]
+        mark = " <- take this" if one is chosen else ""
+        lines.append([*_name(one), *(f"{value / unit:,.2f}" for value in sizes), one.fit(given) + mark])
+    return _aligned([head, *lines])
+
+
+def step_table(estimates: Sequence[Estimate], unit: float) -> str:
+    head = ["configuration", "GPUs", "interconnect", "host bus", "TFLOP", "steps", "step >= s", "run >= s", "bound by"]
+    lines = []
+    for one in estimates:
+        moved = [f"{value / unit:,.2f}" for value in (one.traffic.interconnect, one.traffic.host_bus)]
+        cells = [*_name(one), *moved, f"{one.flops / 1e12:.3g}", str(one.steps)]
+        if (step := one.step_seconds) is not None:
+            cells += [f"{step:.3g}", f"{step * one.steps:.3g}", bound_by(one)]
+        else:
+            cells += ["?", "?", "say --card"]
+        lines.append(cells)
+    return _aligned([head, *lines])
+
+
+def _name(one: Estimate) -> list[str]:
+    return [one.launch.name, str(one.launch.processes)]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def bound_by(one: Estimate) -> str:
+    seconds = one.seconds or {}
+    return PARTS[max(seconds, key=lambda part: seconds[part])]
+
+
+def advice(subject: Subject, estimates: Sequence[Estimate], given: Hardware, chosen: Estimate | None) -> str:
+    """Which to take and why; or which one number to change so that something fits."""
+    if not (given.gpu_memory or given.host_memory):
+        return "What fits was not asked: give --gpu-memory and --host-memory, or --card."
+    if chosen is None:
+        return f"Nothing fits. {change(subject, estimates, given)}"
+    n = chosen.launch.processes
+    has = f" of {given.gpu_memory / 1e9:.1f}" if given.gpu_memory else ""
+    why = [f"Take {chosen.launch.name} on {n} GPU{'s' if n > 1 else ''}: {chosen.device_peak / 1e9:.1f}{has} GB a GPU"]
+    why += [f"{max(chosen.host_load, chosen.host_steady) / 1e9:.1f} GB of host memory at most"]
+    if chosen.step_seconds:
+        seconds = chosen.step_seconds * chosen.steps
+        why += [f"at least {seconds:.3g} s for {chosen.steps} steps, bound by {bound_by(chosen)}"]
+    elif not chosen.traffic.host_bus:
+        why += ["and no weights over the host bus"]
+    text = ", ".join(why) + "."
+    others = [one for one in estimates if one.launch.processes == n and one is not chosen]
+    tight = [one for one in others if one.fit(given) == "tight"]
+    if tight and chosen.fit(given) == "yes":
+        names = ", ".join(f"{one.launch.name} {one.device_peak / 1e9:.1f} GB" for one in tight)
+        text += f" These fit with less than {1 - COMFORT:.0%} to spare, and a longer row would end them: {names}."
+    if chosen.fit(given) == "tight":
+        text += f" It leaves less than {1 - COMFORT:.0%}: a longer row would end it."
+    return text
+
+
+def change(subject: Subject, estimates: Sequence[Estimate], given: Hardware) -> str:
+    """The one value whose change makes something fit: checkpointing, micro-batch, GPUs or memory, in this order."""
+    launches = {one.launch.file: one.launch for one in estimates}
+    recipe = subject.recipe
+    if recipe.gradient_checkpointing == "none":  # for auto it has been tried
+        saving = Subject(replace(recipe, gradient_checkpointing="non_reentrant"), subject.model, subject.work)
+        best = recommend([estimate(saving, one.launch, given) for one in estimates], given)
+        if best:
+            return f"Set gradient_checkpointing to non_reentrant (it is none): then {best.launch.name} fits."
+    rows = recipe.micro_batch_size
+    while (rows := rows // 2) >= 1:
+        smaller = Subject(replace(recipe, micro_batch_size=rows), subject.model, subject.work)
+        fitting = [
+            o for o in (estimate(smaller, e.launch, given) for e in estimates) if o.fit(given) in ("yes", "tight")
+        ]
+        if fitting:
+            return (
+                f"Set micro_batch_size to {rows} (it is {recipe.micro_batch_size}): then {fitting[0].launch.name} fits."
+            )
+    n = max(launch.processes for launch in launches.values())
+    while (n := 2 * n) <= MOST_GPUS:
+        for launch in launches.values():
+            more = estimate(subject, replace(launch, processes=n), given)
+            if more.fit(given) in ("yes", "tight"):
+                return f"Give it --gpus {n}: then {launch.name} fits, with {more.device_peak / 1e9:.1f} GB a GPU."
+    least = min(estimates, key=lambda one: one.device_peak)
+    return (
+        f"The least is {least.launch.name} with {least.device_peak / 1e9:.1f} GB a GPU and "
+        f"{max(least.host_load, least.host_steady) / 1e9:.1f} GB of host memory: give it that much."
+    )
+
+
+def page(
+    recipe: Recipe,
+    subject: Subject,
+    batching: str,
+    estimates: Sequence[Estimate],
+    given: Hardware,
+    found: Findings,
+    rows_shown: str,
+) -> str:
+    """Everything, as text."""
+    chosen = recommend(estimates, given)
+    shown = chosen or (estimates[0] if estimates else None)
+    parts = ["== recipe", yaml.safe_dump(recipe_as_dict(recipe), allow_unicode=True, sort_keys=False).strip()]
+    trainable, everything = sum(subject.adapters), sum(subject.base) + sum(subject.adapters)
+    work = subject.work
+    parts += [
+        "\n== model and data",
+        f"{trainable:,} of {everything:,} parameters train ({100 * trainable / everything:.2f} %); "
+        f"{len(work.examples):,} rows, the longest {work.longest} tokens, answers up to {work.longest_answer}",
+        f"batching {batching}",
+    ]
+    if estimates:
+        parts += [f"{recipe.epochs} epochs of {estimates[0].tokens:,} tokens"]
+    if shown:
+        where = f"{shown.launch.name} on {shown.launch.processes}"
+        parts += ["\n== learning rate", f"at the {shown.steps} steps of {where}:"]
+        parts += [f"  step {step:>6}  {rate:.3g}" for step, rate in key_rates(recipe, shown.steps)]
+        parts += [f"\n== DeepSpeed's configuration, {where}"]
+        parts += [json.dumps(shown.launch.deepspeed, indent=2) if shown.launch.deepspeed else "none: plain PyTorch"]
+    if rows_shown:
+        parts += ["\n== rows as the model reads them", rows_shown]
+    if estimates:
+        unit, name = (1e9, "GB of 10^9") if sum(subject.base) > 1e9 else (1e6, "MB of 10^6")
+        parts += [f"\n== memory, {name} bytes: of one GPU, and of the host for all ranks"]
+        parts += [memory_table(estimates, unit, given, chosen)]
+        parts += [f"\n== a step, {name} bytes a rank; TFLOP of all ranks; seconds at least"]
+        parts += [step_table(estimates, unit), "\n== advice", advice(subject, estimates, given, chosen)]
+    parts += ["\n== contradictions", *(f"- {problem}" for problem in found.problems or ["none"])]
+    parts += ["\n== notes", *(f"- {note}" for note in found.notes)] if found.notes else []
+    return "\n".join(parts)
+
+
+def as_json(
+    recipe: Recipe,
+    subject: Subject,
+    batching: str,
+    estimates: Sequence[Estimate],
+    given: Hardware,
+    found: Findings,
+) -> dict[str, Any]:
+    chosen = recommend(estimates, given)
+    entries = []
+    for one in estimates:
+        entry = asdict(one) | {"name": one.launch.name, "processes": one.launch.processes, "fits": one.fit(given)}
+        entries.append(entry | {"step_seconds": one.step_seconds})
+    return {
+        "recipe": recipe_as_dict(recipe),
+        "base_parameters": sum(subject.base),
+        "trainable_parameters": sum(subject.adapters),
+        "batching": batching,
+        "hardware": asdict(given),
+        "estimates": entries,
+        "recommended": {"name": chosen.launch.name, "processes": chosen.launch.processes} if chosen else None,
+        "advice": advice(subject, estimates, given, chosen) if estimates else None,
+        "learning_rates": key_rates(recipe, (chosen or estimates[0]).steps) if estimates else [],
+        "contradictions": found.problems,
+        "notes": found.notes,
+    }

@@ -1,0 +1,358 @@
+"""Checkpoints that belong to no ZeRO stage and no number of ranks, and that exist whole or not at all.
+
+A checkpoint holds the adapter in PEFT's format, AdamW's state (optimizer.safetensors), where the run stands
+(trainer_state.json) and last manifest.json with the size and SHA-256 of every file. No pickle, no base weights.
+It is written beside, synced, and appears by one rename.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data.errors import UserError
+from loop.engine.accelerator import on_main_process
+from loop.engine.optimizer_state import MOMENTS, gather_optimizer, shape_of, trainable_parameters
+from loop.guard.process import RunError
+from loop.measure.phases import measured
+
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter_model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "trainer_state.json"
+MANIFEST = "manifest.json"
+PARTIAL, OLD = ".partial", ".old"  # ends of names that begin with a dot: half written, and about to be replaced
+WRITTEN = {ADAPTER, OPTIMIZER, STATE, "adapter_config.json", "README.md"}  # the last two by PEFT
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that was found whole. adapter: under PEFT's names of files; optimizer: see loop/engine/optimizer_state.py."""
+
+    folder: Path
+    state: dict[str, Any]
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder.parent.parent
+
+    @property
+    def step(self) -> int:
+        """Steps learned."""
+        return int(self.state["step"])
+
+    @property
+    def updates(self) -> int:
+        """Steps learned, without those that fp16 skipped."""
+        return int(self.state["updates"])
+
+
+def unwrap(model: torch.nn.Module, accelerator: Accelerator) -> PeftModel:
+    """The PEFT model inside what accelerate, DeepSpeed, DDP and torch.compile have wrapped around it."""
+    inner: PeftModel = accelerator.unwrap_model(model, keep_torch_compile=False)
+    return inner
+
+
+@measured("save")
+def save_adapter(model: PeftModel, folder: Path, accelerator: Accelerator) -> None:
+    """Writes the adapter to `folder` in PEFT's format; every rank enters. Raises RunError when it cannot be written."""
+    tensors = gather_adapter(model, accelerator)
+    on_main_process(lambda: _publish(folder, lambda beside: _write_adapter(model, tensors, beside)), accelerator)
+
+
+@measured("save")
+def save_checkpoint(
+    model: PeftModel,
+    optimizer: Any,
+    run_dir: Path,
+    state: dict[str, Any],
+    save_total_limit: int,
+    resumed_from: Checkpoint | None,
+    accelerator: Accelerator,
+) -> Path:
+    """Writes checkpoints/step-<state["step"]> and then deletes old ones; every rank enters.
+
+    The newest `save_total_limit` stay, the one of the lowest val_loss, and the one that was resumed from.
+    Raises RunError on every rank when it cannot be written.
+    """
+    adapter = gather_adapter(model, accelerator)
+    moments = gather_optimizer(model, optimizer, accelerator)
+    folder = run_dir / CHECKPOINTS / f"step-{state['step']:06d}"
+
+    def write(beside: Path) -> None:
+        _write_adapter(model, adapter, beside)
+        save_file(moments, beside / OPTIMIZER)
+        (beside / STATE).write_text(json.dumps(state, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        manifest = {path.name: _fingerprint(path) for path in sorted(beside.iterdir())}
+        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def publish() -> None:
+        _publish(folder, write)
+        _delete_old(folder, save_total_limit, resumed_from)
+
+    on_main_process(publish, accelerator)
+    return folder
+
+
+def gather_adapter(model: PeftModel, accelerator: Accelerator) -> dict[str, Tensor]:
+    """The adapter's tensors on the CPU, under the model's names; every rank enters, rank 0 gets them.
+
+    Only the adapters are gathered, never the base.
+    """
+    trainable = trainable_parameters(model)
+    with gathered(list(trainable.values()), accelerator):
+        if not accelerator.is_main_process:
+            return {}
+        return {name: parameter.detach().cpu().clone() for name, parameter in trainable.items()}
+
+
+def gathered(parameters: list[Any], accelerator: Accelerator, modifier_rank: int | None = None) -> Any:
+    """A context in which ZeRO-3's parameters are whole; collective at stage 3, nothing elsewhere."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
+
+
+def _write_adapter(model: PeftModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=False)
+    # A file drops the adapter's name from the tensors' names, because a reader gives it one of its own.
+    check_adapter(folder / ADAPTER, get_peft_model_state_dict(model, state_dict=tensors))
+
+
+def check_adapter(file: Path, expected: dict[str, Tensor]) -> None:
+    """Raises RuntimeError unless `file` holds exactly the tensors `expected`, all finite and none empty."""
+    written = load_file(file)
+    if not expected or written.keys() != expected.keys():
+        raise RuntimeError(f"{file}: holds {len(written)} tensors instead of {len(expected)}")
+    for name, tensor in expected.items():
+        if tensor.numel() == 0 or not torch.isfinite(tensor).all() or not torch.equal(written[name], tensor):
+            raise RuntimeError(f"{file}: {name} {tuple(tensor.shape)} is empty, not finite or not what was written")
+
+
+def _publish(folder: Path, write: Callable[[Path], None]) -> None:
+    """Writes a folder beside, syncs it to the disk and renames it to `folder`. RunError when that fails."""
+    beside, old = (folder.with_name(f".{folder.name}{end}") for end in (PARTIAL, OLD))
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        folder.parent.mkdir(exist_ok=True)  # but not its parents: a run folder that has vanished is an error
+        beside.mkdir()
+        write(beside)
+        for path in (*beside.iterdir(), beside, folder.parent.parent):
+            _sync(path)
+        if folder.exists():  # the adapter of a run that had come to its end before
+            folder.rename(old)
+        beside.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        shutil.rmtree(beside, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        free = f"{shutil.disk_usage(_existing(folder)).free / 1e6:,.0f} MB are free there"
+        raise RunError(
+            f"{folder} could not be written: {error}. Earlier checkpoints are intact; {free}. Free space or make it "
+            "writable, then go on with --resume."
+        ) from error
+
+
+def clear_up(run_dir: Path, step: int) -> None:
+    """Makes the folder of a run that goes on after `step` what it was then.
+
+    Half-written folders go, a whole one that was about to be replaced comes back. Checkpoints of later steps belong to
+    a history that is not gone on with: they are set aside under another name, and nothing counts or deletes them.
+    """
+    for folder in (run_dir, run_dir / CHECKPOINTS):
+        for old in folder.glob(f".*{OLD}"):
+            whole = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
+            if not whole.exists():
+                old.rename(whole)
+        for leftover in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f".*{OLD}")):
+            shutil.rmtree(leftover)
+    for folder in list_checkpoints(run_dir):
+        if step_of(folder) > step:
+            aside = folder.with_name(f"aside-{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            folder.rename(aside)
+            print(f"note: {folder} is of a later step; it is kept as {aside.name}", flush=True)
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.resolve().parents) if path.exists())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Of a run folder, oldest first."""
+    folders = [path for path in (run_dir / CHECKPOINTS).glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The number in a checkpoint's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def _delete_old(newest: Path, save_total_limit: int, resumed_from: Checkpoint | None) -> None:
+    folders = list_checkpoints(newest.parent.parent)
+    keep = {newest, *folders[-save_total_limit:]} | ({resumed_from.folder} if resumed_from else set())
+    losses = {folder: loss for folder in folders if (loss := _val_loss(folder)) is not None}
+    if losses:
+        keep.add(min(losses, key=lambda folder: losses[folder]))
+    for folder in folders:
+        if folder.resolve() not in {kept.resolve() for kept in keep}:
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Takes its name away first, so that a kill in between leaves no half of it under that name."""
+    nameless = folder.with_name(f".{folder.name}{PARTIAL}")
+    try:
+        folder.rename(nameless)
+        shutil.rmtree(nameless)
+    except OSError as error:
+        raise RunError(f"{folder} is old and could not be deleted: {error}. Make it writable.") from error
+
+
+def _val_loss(folder: Path) -> float | None:
+    """None where it is not known, and of a folder that is damaged."""
+    try:
+        loss = json.loads((folder / STATE).read_text(encoding="utf-8"))["val_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Raises UserError unless `folder` holds exactly what was written there."""
+    folder = Path(os.path.abspath(folder))
+    wrong = _damage(folder)
+    if wrong:
+        raise UserError(f"checkpoint {folder}: {wrong}. Resume from another one, or start a new run.")
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        checkpoint = Checkpoint(folder, state, load_file(folder / ADAPTER), load_file(folder / OPTIMIZER))
+    except Exception as error:  # signed by another hand; safetensors has an exception of its own
+        raise UserError(f"checkpoint {folder}: its files cannot be read: {error}. Resume from another one.") from error
+    wrong = _nonsense(checkpoint)
+    if wrong:
+        raise UserError(f"checkpoint {folder}: {wrong}. Resume from another one.")
+    return checkpoint
+
+
+def _nonsense(checkpoint: Checkpoint) -> str | None:
+    """What this program never writes, in files that the manifest vouches for, or None."""
+    state = checkpoint.state
+    for name, tensors in ((ADAPTER, checkpoint.adapter), (OPTIMIZER, checkpoint.optimizer)):
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                return f"{name}: {key} is not finite"
+    try:
+        interval = state["interval"] or {"nlls": [0.0], "num_label_tokens": 0}
+        nlls, tokens = interval["nlls"], interval["num_label_tokens"]
+        run = state["run"]
+        ok = (
+            all(type(count) is int for count in (state["step"], state["updates"], run["rows_per_step"], tokens))
+            and 0 <= state["updates"] <= state["step"]
+            and run["rows_per_step"] > 0
+            and tokens >= 0
+            and len(nlls) > 0
+            and all(type(nll) is float and math.isfinite(nll) for nll in nlls)
+            and isinstance(state["val_loss"], float | None)
+            and isinstance(run["recipe"], dict)
+            and isinstance(run["model_sha256"], str)
+            and isinstance(run["train_file_sha256"], str)
+            and isinstance(run["mixed_precision"], str)
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        ok = False
+    return None if ok else f"{STATE} is not one of this program's"
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None. Nothing is opened that the manifest does not vouch for."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected = {name: (said["bytes"], said["sha256"]) for name, said in manifest.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        return f"no {MANIFEST} that can be read ({error})"
+    missing = {ADAPTER, OPTIMIZER, STATE} - expected.keys()
+    if missing:
+        return f"{MANIFEST} does not name {', '.join(sorted(missing))}"
+    found = {path.name for path in folder.iterdir()} - {MANIFEST}
+    foreign = (found | expected.keys()) - WRITTEN | (found - expected.keys())
+    if foreign:
+        return f"holds files that were not written by this program: {', '.join(sorted(foreign))}"
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _fingerprint(path)["sha256"] != digest:
+            return f"{name} is not what was written (its SHA-256 differs)"
+    return None
+
+
+def first_difference(ours: Mapping[str, object], theirs: Mapping[str, object]) -> str | None:
+    """The first name, sorted, that only one has or that means something else in each; None if there is none."""
+    return min((name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)), default=None)
+
+
+def restore_adapter(checkpoint: Checkpoint | None, model: PeftModel, accelerator: Accelerator) -> None:
+    """Copies the checkpoint's adapter into `model`; every rank enters.
+
+    Raises UserError when adapter or optimizer are another model's.
+    """
+    if checkpoint is None:
+        return
+    trainable = trainable_parameters(model)
+    parameters = get_peft_model_state_dict(model, state_dict=trainable)
+    has_masters = any(name.startswith("master.") for name in checkpoint.optimizer)
+    keys = (*MOMENTS, "master") if has_masters else MOMENTS
+    states = {f"{key}.{name}": parameter for key in keys for name, parameter in trainable.items()}
+    for file, here, there in (
+        (ADAPTER, parameters, checkpoint.adapter),
+        (OPTIMIZER, states, checkpoint.optimizer),
+    ):
+        shapes = {name: tuple(shape_of(parameter)) for name, parameter in here.items()}
+        saved = {name: tuple(tensor.shape) for name, tensor in there.items()}
+        if other := first_difference(shapes, saved):
+            raise UserError(
+                f"checkpoint {checkpoint.folder}: {file} belongs to another model: {other} is "
+                f"{saved.get(other, 'absent')} there and {shapes.get(other, 'absent')} here. "
+                "Give the model and lora of its run."
+            )
+    with gathered(list(parameters.values()), accelerator, modifier_rank=0), torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(checkpoint.adapter[name])

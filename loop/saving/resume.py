@@ -1,0 +1,188 @@
+"""--resume: which checkpoint, and whether this run may go on from it."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from peft import get_peft_model_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from data.batch import Window
+from data.errors import UserError
+from loop.engine.accelerator import mixed_precision
+from loop.engine.optimizer_state import restore_optimizer, trainable_parameters
+from loop.model.build import rows_per_step
+from loop.recipe import Recipe, find_model, find_path, recipe_as_dict
+from loop.saving.checkpoint import CHECKPOINTS, Checkpoint, list_checkpoints, load_checkpoint, unwrap
+
+# Keys that may differ: they change neither what is learned nor in which order. The batch may be cut up in another
+# way as long as its product stays; model and training file may lie elsewhere as long as their content is the same.
+FREE = {
+    "run_dir", "resume", "tracker", "log_every", "eval_every", "save_every", "save_total_limit", "rank_timeout",
+    "batching", "gradient_checkpointing", "micro_batch_size", "grad_accum_steps", "model.name_or_path",
+    "model.attn_implementation", "model.trust_remote_code", "data.train_file", "data.validation_file",
+    "data.max_length",
+}  # fmt: skip
+MODEL_FILES = (
+    "config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*",
+)  # fmt: skip
+SAMPLES, SAMPLE = 64, 64 * 1024  # of a file: places that are read, and bytes in each
+
+
+def find_checkpoint(name: str, recipe: Recipe) -> Checkpoint | None:
+    """The checkpoint that `recipe.resume` means, whole and verified; None where a new run is to start.
+
+    auto takes the newest whole one of run_dir, or without a run_dir of the newest run of the recipe `name`;
+    with a run_dir in which nothing has been saved yet it says so and starts the run. Raises UserError when
+    there is nothing to resume, or nothing but damaged checkpoints.
+    """
+    if recipe.resume is None:
+        return None
+    if recipe.resume != "auto":
+        folder = Path(os.path.abspath(recipe.resume))  # not resolve(): checkpoints/ may be a link to a larger disk
+        checkpoint = _newest(folder) if (folder / CHECKPOINTS).is_dir() else load_checkpoint(folder)
+        if checkpoint is None:
+            raise UserError(f"--resume {folder}: nothing has been saved there. Start without --resume, or with auto.")
+        run_dir = checkpoint.run_dir
+        if checkpoint.folder.parent.name != CHECKPOINTS or (
+            recipe.run_dir and Path(recipe.run_dir).resolve() != run_dir.resolve()
+        ):
+            raise UserError(
+                f"--resume {folder}: a run goes on in its own folder. Leave run_dir out, or set it to {run_dir}."
+            )
+        return checkpoint
+    if recipe.run_dir:
+        found = _newest(Path(recipe.run_dir))
+        if found is None and os.environ.get("RANK", "0") == "0":
+            print(f"--resume auto: no checkpoint in {recipe.run_dir} yet; starting at step 0", flush=True)
+        return found
+    own = re.compile(rf"{re.escape(name)}-\d{{8}}-\d{{6}}(-\d+)?")  # and not another recipe's of a longer name
+    runs = [path for path in Path("runs").glob("*") if own.fullmatch(path.name) and list_checkpoints(path)]
+    if not runs:
+        raise UserError(f"--resume auto: no run of {name} with a checkpoint under runs/. Start without --resume.")
+    return _newest(max(runs, key=os.path.getmtime))
+
+
+def _newest(run_dir: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; damaged ones are named. UserError when there are only damaged ones."""
+    problems = []
+    for folder in reversed(list_checkpoints(run_dir)):
+        try:
+            return load_checkpoint(folder)
+        except UserError as error:
+            problems.append(str(error))
+            if os.environ.get("RANK", "0") == "0":
+                print(f"warning: passed over: {error}", flush=True)
+    if problems:
+        raise UserError(f"{run_dir} has no whole checkpoint:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return None
+
+
+def fingerprint(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """What decides the mathematics of a run: kept in its checkpoints, compared when one is resumed."""
+    return {
+        "recipe": recipe_as_dict(recipe),
+        "model_sha256": _model_sha256(recipe),
+        "train_file_sha256": _sha256(find_path(recipe.data.train_file)),
+        "rows_per_step": rows_per_step(recipe, accelerator),
+        "mixed_precision": mixed_precision(accelerator),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _model_sha256(recipe: Recipe) -> str:
+    """Of the base model's configuration, its tokenizer and samples of its weights, which are many gigabytes."""
+    config = cached_file(find_model(recipe.model.name_or_path), "config.json", local_files_only=True)
+    assert config is not None
+    folder = Path(config).parent
+    patterns = (*MODEL_FILES, "*.py") if recipe.model.trust_remote_code else MODEL_FILES
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    weights = json.loads(index.read_text())["weight_map"].values() if index.is_file() else [SAFE_WEIGHTS_NAME]
+    digest = hashlib.sha256()
+    for file in sorted(files | {folder / name for name in weights if (folder / name).is_file()}):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            for start in range(0, size, max(SAMPLE, size // SAMPLES)):
+                opened.seek(start)
+                digest.update(opened.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def check_resumable(checkpoint: Checkpoint | None, recipe: Recipe, total_steps: int, accelerator: Accelerator) -> None:
+    """Raises UserError, with the list of differences, when going on would not be the same run; every rank enters."""
+    steps = gather_object([checkpoint.step if checkpoint else None])  # collective
+    if len(set(steps)) > 1:
+        raise UserError(f"--resume: not every rank has read the same checkpoint; their steps are {steps}.")
+    if checkpoint is None:
+        return
+    then, now = checkpoint.state["run"], fingerprint(recipe, accelerator)
+    differences = [
+        f"{key}: {old} then, {new} now"
+        for key, old, new in _pairs(then["recipe"], now["recipe"])
+        if old != new and key not in FREE
+    ]
+    if then["model_sha256"] != now["model_sha256"]:
+        differences.append(f"model: the content of {recipe.model.name_or_path} is not that of the run's base model")
+    if then["train_file_sha256"] != now["train_file_sha256"]:
+        differences.append(f"data.train_file: the content of {recipe.data.train_file} is not that of the run's file")
+    if then["mixed_precision"] != now["mixed_precision"]:
+        differences.append(f"mixed_precision: {then['mixed_precision']} then, {now['mixed_precision']} now")
+    if then["rows_per_step"] != now["rows_per_step"]:
+        differences.append(_batch_advice(then["rows_per_step"], now["rows_per_step"], recipe, accelerator))
+    if differences:
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: this would not be the same run:\n"
+            + "\n".join(f"  {difference}" for difference in differences)
+        )
+    if checkpoint.step > total_steps:
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: trainer_state.json says step {checkpoint.step} of {total_steps}."
+        )
+
+
+def _pairs(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of every key of either."""
+    pairs = []
+    for key in {**then, **now}:
+        old, new = then.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            pairs += _pairs(old, new, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", old, new))
+    return pairs
+
+
+def _batch_advice(then: int, now: int, recipe: Recipe, accelerator: Accelerator) -> str:
+    said = f"the effective batch: {then} rows then, {now} now"
+    processes = int(accelerator.num_processes)
+    if then % processes:
+        return f"{said}; {processes} processes cannot share {then} rows, launch a number of them that divides it"
+    each = then // processes
+    micro = max(size for size in range(1, min(recipe.micro_batch_size, each) + 1) if each % size == 0)
+    return f"{said}; keep it with --micro_batch_size {micro} --grad_accum_steps {each // micro}"
+
+
+def resume_optimizer(
+    checkpoint: Checkpoint | None, model: Any, optimizer: Any, empty_window: Window, accelerator: Accelerator
+) -> None:
+    """The optimizer as it was at `checkpoint`; every rank enters."""
+    if checkpoint is None:
+        return
+    adapter = trainable_parameters(unwrap(model, accelerator))
+    files = get_peft_model_state_dict(unwrap(model, accelerator), state_dict={name: name for name in adapter})
+    # an adapter in fp32 is its own master
+    masters = {f"master.{name}": checkpoint.adapter[file_name].float() for file_name, name in files.items()}
+    restore_optimizer(masters | checkpoint.optimizer, checkpoint.updates, model, optimizer, empty_window, accelerator)

@@ -1,0 +1,126 @@
+"""The folder of a run: made once, never on top of another."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from data.errors import UserError
+from loop.engine.accelerator import on_main_process
+from loop.recipe import Recipe, recipe_as_dict
+from loop.saving.checkpoint import Checkpoint, clear_up
+
+PACKAGES = ("accelerate", "deepspeed", "peft", "safetensors", "swanlab", "tokenizers", "torch", "transformers")
+
+
+def check_run_folder(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
+    """Raises UserError when the recipe's run folder holds something; writes nothing.
+
+    With --resume auto it may hold a run that has saved nothing yet.
+    """
+    folder = Path(recipe.run_dir) if recipe.run_dir else None
+    if (
+        checkpoint
+        or folder is None
+        or not folder.exists()
+        or (recipe.resume == "auto" and (folder / "recipe.yaml").is_file())
+    ):
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise UserError(f"run_dir {folder} is not an empty folder. Name another one or remove it.")
+
+
+def create_run_folder(name: str, recipe: Recipe, checkpoint: Checkpoint | None, accelerator: Accelerator) -> Path:
+    """Makes the run folder with recipe.yaml and versions.json in it; every rank enters.
+
+    A run that goes on after `checkpoint` keeps its folder; what its metrics.jsonl says of later steps goes.
+    Raises UserError when the folder cannot be made.
+    """
+    step = checkpoint.step if checkpoint else 0
+    chosen = [checkpoint.run_dir if checkpoint else Path(recipe.run_dir) if recipe.run_dir else _new_name(name)]
+    broadcast_object_list(chosen)  # collective: the time in a new name is rank 0's
+    run_dir = chosen[0]
+
+    def create() -> None:
+        with _writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            clear_up(run_dir, step)
+            _cut_metrics(run_dir / "metrics.jsonl", step)
+            values = recipe_as_dict(recipe) | {"resume": None}
+            (run_dir / "recipe.yaml").write_text(
+                yaml.safe_dump(values, allow_unicode=True, sort_keys=False), encoding="utf-8"
+            )
+            write_json(run_dir / "versions.json", {package: version(package) for package in PACKAGES})
+
+    on_main_process(create, accelerator)
+    return run_dir
+
+
+def _new_name(name: str) -> Path:
+    folder = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    begun_in_the_same_second = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(path for path in chain([folder], begun_in_the_same_second) if not path.exists())
+
+
+def write_engine_config(run_dir: Path, accelerator: Accelerator) -> None:
+    """deepspeed_config.json, as accelerate resolved it when it prepared the model; every rank enters."""
+
+    def write() -> None:
+        with _writing(run_dir):
+            write_json(run_dir / "deepspeed_config.json", getattr(accelerator, "deepspeed_config", {}))
+
+    on_main_process(write, accelerator)
+
+
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run_dir {run_dir} cannot be written: {error.strerror}. Make it writable, free space there, "
+            "or name another one."
+        ) from error
+
+
+def write_report(run_dir: Path, accelerator: Accelerator) -> None:
+    """report.html, on rank 0: in a process of its own, because the loop does not need what draws charts."""
+    if accelerator.is_main_process:
+        command = [sys.executable, "-m", "eval.report", str(run_dir)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        said = done.stderr.strip().splitlines() or [""]
+        print(f"report: {run_dir / 'report.html'}" if done.returncode == 0 else f"warning: no report: {said[-1]}")
+
+
+def _cut_metrics(file: Path, step: int) -> None:
+    """Leaves the lines up to `step` in a metrics.jsonl; the last may be half a line, if the run was killed."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line)
+    beside = file.with_name(".metrics.jsonl.new")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(file)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Indented; infinity, which JSON does not have, becomes null."""
+    value = {key: None if inner == math.inf else inner for key, inner in value.items()}
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,79 @@
+"""The page printed before the first step: what is about to happen, in numbers."""
+
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+
+from data.examples import answer_lengths_of, lengths_of
+from loop.engine.accelerator import mixed_precision
+from loop.model.build import Data, rows_per_step, warmup_steps
+from loop.planning.decisions import Decided
+from loop.recipe import Recipe
+
+
+def device_name(accelerator: Accelerator) -> str:
+    """Of this process, for example "cuda:0 NVIDIA H100 80GB HBM3"."""
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.device} {torch.cuda.get_device_name(accelerator.device)}"
+    return f"{accelerator.device} {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def overview(
+    recipe: Recipe,
+    decided: Decided,
+    data: Data,
+    model: Any,
+    run_dir: Path,
+    total_steps: int,
+    accelerator: Accelerator,
+) -> str:
+    """The page's text; every rank enters."""
+    devices = gather_object(
+        [f"{accelerator.process_index}: {device_name(accelerator)}, pid {os.getpid()}"]
+    )  # collective
+    sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in model.parameters()]
+    trainable = sum(size for size, p in sizes if p.requires_grad)
+    everything = sum(size for size, _ in sizes)
+    label_tokens, tokens = int(answer_lengths_of(data.train).sum()), int(lengths_of(data.train).sum())
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for _, p in sizes if p.requires_grad})
+    lines = {
+        "run folder": run_dir,
+        "processes": f"{accelerator.num_processes}  ({'; '.join(devices)})",
+        "engine": engine(accelerator),
+        "precision": f"{mixed_precision(accelerator)}, adapters {' and '.join(dtypes)}",
+        "model": f"{recipe.model.name_or_path}: {trainable:,} of {everything:,} parameters train "
+        f"({100 * trainable / everything:.2f} %)",
+        **decided.said,
+        "data": f"{len(data.train):,} rows, {tokens:,} tokens, {label_tokens:,} of them labels; "
+        f"{len(data.validation):,} validation rows",
+        "effective batch": f"{recipe.micro_batch_size} rows x {recipe.grad_accum_steps} accumulated x "
+        f"{accelerator.num_processes} processes = {rows_per_step(recipe, accelerator)} rows",
+        "steps": f"{total_steps} ({recipe.epochs} epochs of {math.ceil(total_steps / recipe.epochs)}), "
+        f"{warmup_steps(recipe, total_steps)} of them warm-up to lr {recipe.optim.lr:g}",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def engine(accelerator: Accelerator) -> str:
+    """For example "DeepSpeed ZeRO-3, parameters on cpu"; without DeepSpeed what takes its place."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return "plain PyTorch" if accelerator.distributed_type == DistributedType.NO else "PyTorch DDP"
+    zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    parts = [f"DeepSpeed ZeRO-{zero['stage']}"]
+    for part in ("optimizer", "param"):
+        device = (zero.get(f"offload_{part}") or {}).get("device", "none")
+        if device != "none":
+            parts.append(f"{part} offloaded to {device}")
+    numbers = [
+        f"{key} {zero[key]:,}"
+        for key in sorted(zero)
+        if isinstance(zero[key], int) and key.endswith(("size", "threshold"))
+    ]
+    return ", ".join(parts + numbers)
