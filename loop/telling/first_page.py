@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType, gather_object
 
 from data.examples import answer_lengths_of, lengths_of
 from loop.engine.accelerator import mixed_precision
+from loop.internals.deepspeed_internals import numel_of
 from loop.model.build import Data, rows_per_step, warmup_steps
 from loop.planning.decisions import Decided
 from loop.recipe import Recipe
@@ -37,7 +38,7 @@ def overview(
     devices = gather_object(
         [f"{accelerator.process_index}: {device_name(accelerator)}, pid {os.getpid()}"]
     )  # collective
-    sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in model.parameters()]
+    sizes = [(numel_of(p), p) for p in model.parameters()]
     trainable = sum(size for size, p in sizes if p.requires_grad)
     everything = sum(size for size, _ in sizes)
     label_tokens, tokens = int(answer_lengths_of(data.train).sum()), int(lengths_of(data.train).sum())
