@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from loop.engine.accelerator import mixed_precision
-from loop.measure.flops import Batch, matrix_products, numel
+from loop.internals.deepspeed_internals import numel_of
+from loop.measure.flops import Batch, matrix_products
 from loop.measure.phases import ACCOUNT
 from loop.saving.run_folder import write_json
 from loop.telling.first_page import device_name, engine
@@ -58,7 +59,7 @@ def usage(model: torch.nn.Module, last_step: int, accelerator: Accelerator) -> d
         "tokens": batch.tokens,
         "label_tokens": batch.label_tokens,
         "model_flops": matrix_products(model).model_flops(batch),
-        "parameters": sum(map(numel, parameters)),
-        "trainable": sum(numel(parameter) for parameter in parameters if parameter.requires_grad),
+        "parameters": sum(map(numel_of, parameters)),
+        "trainable": sum(numel_of(parameter) for parameter in parameters if parameter.requires_grad),
         "ranks": ranks,
     }
