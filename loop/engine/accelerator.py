@@ -84,8 +84,9 @@ def _act_as_one_launched_process() -> None:
         **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
     )
     # The store lies inside the process and needs no port, so any number of debuggers can run side by side.
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # documented, but unknown to type checkers
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def _deepspeed_plugin(recipe: Recipe, num_processes: int) -> DeepSpeedPlugin:

@@ -1,6 +1,5 @@
 """Builds the parts of a run: tokenizer, examples, model with LoRA, optimizer and learning-rate schedule."""
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from data.errors import UserError
 from data.examples import Example
 from data.layout import Layout
 from data.rows import iter_rows
+from loop.batch_arithmetic import warmup_steps
 from loop.engine.accelerator import mixed_precision
 from loop.internals.transformers_internals import keep_activations_of_last_layer
 from loop.measure.phases import measured
@@ -204,20 +204,10 @@ def build_lr_scheduler(
     """Makes the schedule: the learning rate rises from 0 in a line over ceil(warmup_ratio x total_steps) steps, then
     falls along half a cosine to 0 at total_steps. The schedule starts after `done` steps.
     """
-    warmup = warmup_steps(recipe, total_steps)
+    warmup = warmup_steps(recipe.optim.warmup_ratio, total_steps)
     scheduler: torch.optim.lr_scheduler.LambdaLR = transformers.get_cosine_schedule_with_warmup(
         optimizer, warmup, total_steps
     )
     for _ in range(done):
         scheduler.step()
     return scheduler
-
-
-def warmup_steps(recipe: Recipe, total_steps: int) -> int:
-    """The number of steps in which the learning rate rises."""
-    return math.ceil(recipe.optim.warmup_ratio * total_steps)
-
-
-def rows_per_step(recipe: Recipe, accelerator: Accelerator) -> int:
-    """The effective batch: rows of a micro-batch x micro-batches of a step x ranks."""
-    return recipe.micro_batch_size * recipe.grad_accum_steps * int(accelerator.num_processes)

@@ -31,7 +31,7 @@ class PeftModelWithLoss(PeftModelForCausalLM):
         if type(head) is nn.Linear and not head.weight.requires_grad and has_plain_head(base):
             base.set_output_embeddings(HeadWithLoss(head))
 
-    def forward(self, labels: Tensor, predicts: Tensor, **inputs: Any) -> Tensor:
+    def forward(self, labels: Tensor, predicts: Tensor, **inputs: Any) -> Tensor:  # type: ignore[override]
         """Scalar: the cross entropy in nats, summed over the N label tokens.
 
         `labels` [N] are their token ids. `predicts` [N] are the places of the tokens before them, in the batch's [B, T]

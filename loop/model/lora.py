@@ -33,7 +33,8 @@ class FusedLora(lora.Linear):
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT calls this when it adds an adapter."""
         super().update_layer(adapter_name, *args, **kwargs)
-        self.lora_A[adapter_name] = DropAndProject(self.lora_A[adapter_name])
+        a: Any = self.lora_A[adapter_name]
+        self.lora_A[adapter_name] = DropAndProject(a)
         self.has_one_plain_adapter = (
             list(self.lora_A) == [ADAPTER] and not self.lora_variant and self.lora_B[ADAPTER].bias is None
         )
