@@ -11,6 +11,7 @@ from data.errors import UserError
 from data.examples import Example, lengths_of
 from data.layout import Layout, collate, shared_prefix
 from loop.batch_arithmetic import BatchArithmetic
+from loop.internals.transformers_internals import attention_of, lets_attention_be_replaced
 from loop.model.attention import BY_ROW, why_not_plain_attention
 from loop.model.head import has_plain_head
 from loop.recipe import Recipe
@@ -76,7 +77,7 @@ def why_not_in_one_row(recipe: Recipe, longest: int, base: Any) -> str | None:
     """What keeps this model from computing rows of at most `longest` tokens behind one another; None where it can."""
     if recipe.model.attn_implementation != "sdpa":
         return f"model.attn_implementation is {recipe.model.attn_implementation}, and only sdpa keeps rows apart"
-    if not base._can_set_attn_implementation() or not has_plain_head(base):
+    if not lets_attention_be_replaced(base) or not has_plain_head(base):
         return f"{type(base).__name__} does not let its attention be replaced"
     if limit := why_not_plain_attention(base, longest):
         return limit
@@ -85,7 +86,7 @@ def why_not_in_one_row(recipe: Recipe, longest: int, base: Any) -> str | None:
 
 def _keeps_apart(base: Any) -> bool:
     """Tries out whether every attention layer learns which rows to keep apart; some decoders do not pass that on."""
-    before = base.config._attn_implementation
+    before = attention_of(base)
     rows = [Example(1, [0, 1], [2]), Example(2, [0, 3], [4, 5])]
     batch = collate(rows, "shared_prefix", pad_token_id=0).to(torch.device("meta"))
     try:
