@@ -1,13 +1,20 @@
-# make setup   the environment alone        make demo   data, before, training, after
-# make test    lint, types and all tests    make stages the tiny recipe under seven configurations
-# make clean   forget the environment
+# make setup      makes .venv and builds DeepSpeed's C++ extensions; every other command does this first if it is missing
+# make demo       makes the data, asks the base model, trains it, and asks the base and the tuned model
+# make check      format, lint, types and the tests that launch no training: the command to run while you work
+# make test       format, lint, types and all tests but the slow ones
+# make test-slow  the tests that `make test` leaves out: the whole tiny recipe under every further stage
+# make stages     trains the tiny recipe under seven configurations and compares them
+# make clean      removes .venv
+# The commands that run tests print the 20 slowest of them at the end.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 # As a variable it also pins what builds the packages that come as source.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: setup demo stages test clean
+PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=20
+
+.PHONY: setup demo stages lint check test test-slow clean
 setup: .venv/ready
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
@@ -32,11 +39,19 @@ demo: setup
 stages: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m eval.stages -- --epochs 3
 
-test: setup
+lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+check: lint
+	$(PYTEST) -m "not launches and not slow"
+
+test: lint
+	$(PYTEST) -m "not slow"
+
+test-slow: setup
+	$(PYTEST) -m slow
 
 clean:
 	rm -rf .venv

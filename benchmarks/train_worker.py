@@ -22,9 +22,7 @@ from benchmarks.workload import load_rows
 from data.batch import epoch_order, windows
 from data.examples import Example
 from loop.measure.phases import ACCOUNT, STEP
-from loop.model.build import Data, set_checkpointing, set_layout
-from loop.model.head import put_loss_inside
-from loop.model.lora import fuse_lora
+from loop.model.build import Data, adapt, set_checkpointing, set_layout
 from loop.recipe import Recipe, parse_recipe
 from loop.step import summed_nll
 
@@ -102,9 +100,7 @@ def bare(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> Non
     model.config.use_cache = False
     set_layout(model, "shared_prefix")
     set_checkpointing(model, checkpointing)
-    model = get_peft_model(model, lora()).train()
-    fuse_lora(model)
-    put_loss_inside(model)
+    model = adapt(model, lora(), autocast_adapter_dtype=True).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.1)
     examples = load_rows(folder)

@@ -1,7 +1,8 @@
-"""The recipe: every number that changes the mathematics, as frozen dataclasses.
+"""The recipe, as frozen dataclasses: what a run learns, and the run options, which change nothing of what it learns.
 
-How many processes, which ZeRO stage, what is offloaded and the precision are not in here: those are
-the accelerate YAML's (accel_configs/).
+The recipe owns every number that changes the mathematics of a run. RUN_OPTIONS lists the keys that do not change it:
+a resumed run may give them other values. The accelerate YAML (accel_configs/) owns the number of processes, the ZeRO
+stage, offloading and the precision.
 """
 
 import math
@@ -19,7 +20,7 @@ from data.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "loop" / "recipes" / "tiny.yaml"
-MOST = 1_000_000  # epochs, rows at once, micro-batches a step
+MOST = 1_000_000  # the largest number of epochs, of rows at once, of rows and of micro-batches of a step
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -39,11 +40,11 @@ class DataRecipe:
     train_file: str
     """JSON array or JSONL file of rows with instruction, optional input, output."""
     validation_file: str | None = None
-    """Rows for val/loss; null for none."""
+    """JSON array or JSONL file of the rows of val/loss; null for no validation."""
     system_prompt: str = ""
-    """System turn in front of every row; empty for none."""
+    """Text of the system turn in front of every row; empty for no system turn."""
     max_length: int = 51
-    """Longest row allowed, tokens, prompt + answer + end token. A longer row is an error, never cut."""
+    """Tokens that the longest row may have: prompt, answer and end token. A longer row is an error; no row is cut."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class LoraRecipe:
 
 @dataclass(frozen=True)
 class OptimRecipe:
-    """AdamW and its schedule: linear warm-up, then half a cosine to 0 (loop/model/build.py: build_lr_scheduler)."""
+    """AdamW and its schedule: a linear warm-up, then half a cosine to 0 (build_lr_scheduler in loop/model/build.py)."""
 
     lr: float = 1e-4
     """Peak learning rate."""
@@ -73,7 +74,7 @@ class OptimRecipe:
     eps: float = 1e-8
     """AdamW's term against division by zero."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global 2-norm when theirs is larger."""
+    """Gradients whose global 2-norm is larger are scaled down to this norm."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,20 @@ class Recipe:
     epochs: int = 1
     """Passes over the training rows."""
     micro_batch_size: int = 16
-    """Rows a process computes at once."""
+    """Rows that a process computes at once."""
+    rows_per_step: int | None = None
+    """Rows of an optimizer step, over all processes; grad_accum_steps then follows from it for any number of processes.
+    null: micro_batch_size x grad_accum_steps x the number of processes."""
     grad_accum_steps: int = 1
-    """Micro-batches a process adds up before an optimizer step."""
+    """Micro-batches that a process adds up before an optimizer step. Leave it out where rows_per_step is given."""
     batching: Literal["auto", "padded", "packed", "shared_prefix"] = "auto"
-    """How rows share a micro-batch (data/layout.py); auto: whichever computes the fewest tokens. All learn the same."""
+    """How rows share a micro-batch (data/layout.py); auto takes the layout that computes the fewest tokens. Without
+    dropout all layouts learn the same; with dropout each layout drops other inputs."""
     gradient_checkpointing: Literal["auto", "none", "non_reentrant", "reentrant"] = "auto"
-    """Keep only each layer's input and recompute the rest in the backward pass; auto: where memory asks for it."""
+    """Keep only each layer's input, and compute the rest again in the backward pass; auto does so where a step would
+    otherwise not fit into memory."""
     seed: int = 42
-    """Seed of row order, LoRA's initial weights and dropout."""
+    """Seed of the row order, of LoRA's initial weights and of dropout."""
     log_every: int = 5
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 0
@@ -101,15 +107,34 @@ class Recipe:
     save_every: int = 0
     """Steps between two checkpoints; 0 for one at the end of each epoch, where there is always one."""
     save_total_limit: int = 3
-    """Newest checkpoints kept; the one of the lowest val/loss stays too."""
+    """How many of the newest checkpoints are kept; the checkpoint of the lowest val/loss is kept too."""
     run_dir: str | None = None
-    """Run folder, new or empty; by default runs/<recipe>-<time>."""
+    """Run folder, which has to be new or empty; by default runs/<recipe>-<time>."""
     resume: str | None = None
-    """Go on from a checkpoint: its folder, a run's folder, or auto for the newest of run_dir (or of this recipe)."""
+    """Checkpoint to go on from: its folder, a run's folder, or auto for the newest of run_dir (or of this recipe)."""
     rank_timeout: float = 60
     """Seconds after which a rank that shows no sign of life ends the run."""
     tracker: str | None = "swanlab"
-    """Any tracker accelerate knows, beside metrics.jsonl; null for none."""
+    """Name of a tracker that accelerate knows, which gets what metrics.jsonl gets; null for no tracker."""
+
+
+# A resumed run may change these keys, because they change neither what is learned nor in which order.
+# loop/saving/resume.py reads this table, and compares in another way what some of the keys stand for:
+RUN_OPTIONS = frozenset(
+    {
+        # where a run writes, and how often it tells, validates and saves
+        *("run_dir", "resume", "tracker", "log_every", "eval_every", "save_every", "save_total_limit", "rank_timeout"),
+        "data.validation_file",
+        # how the batch is cut up: the number of rows of a step is compared
+        *("micro_batch_size", "grad_accum_steps", "rows_per_step"),
+        # how the same numbers are computed
+        *("batching", "gradient_checkpointing", "model.attn_implementation"),
+        # where model and rows lie: the contents of the files are compared
+        *("model.name_or_path", "model.trust_remote_code", "data.train_file"),
+        # which rows are refused, and not how a row is read
+        "data.max_length",
+    }
+)
 
 
 def recipe_parser() -> ArgumentParser:
@@ -153,7 +178,7 @@ def parse_recipe(argv: Sequence[str]) -> tuple[str, Recipe]:
 
 
 def _check_recipe_file(path: Path) -> None:
-    """What the parser would say without the file's name, or with a traceback."""
+    """Raises UserError for a file that cannot be read; the parser would not name the file, or show a traceback."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -163,8 +188,8 @@ def _check_recipe_file(path: Path) -> None:
 
 
 def recipe_problems(recipe: Recipe) -> list[str]:
-    """One line for every value out of range: its key, the value, what it has to be."""
-    optim, lora = recipe.optim, recipe.lora
+    """One line for every value out of range: the key, its value, and what the value has to be."""
+    optim, lora, rows = recipe.optim, recipe.lora, recipe.rows_per_step
     rules = [
         ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
         ("lora.alpha", lora.alpha, 0 < lora.alpha < math.inf, "above 0"),
@@ -180,6 +205,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         ("epochs", recipe.epochs, 1 <= recipe.epochs <= MOST, "1 to a million"),
         ("micro_batch_size", recipe.micro_batch_size, 1 <= recipe.micro_batch_size <= MOST, "1 to a million"),
         ("grad_accum_steps", recipe.grad_accum_steps, 1 <= recipe.grad_accum_steps <= MOST, "1 to a million"),
+        ("rows_per_step", rows, rows is None or 1 <= rows <= MOST, "1 to a million, or null"),
         ("seed", recipe.seed, 0 <= recipe.seed < 2**32, "at least 0 and below 2^32"),
         ("log_every", recipe.log_every, recipe.log_every >= 1, "at least 1"),
         ("eval_every", recipe.eval_every, recipe.eval_every >= 0, "at least 0"),
@@ -191,17 +217,17 @@ def recipe_problems(recipe: Recipe) -> list[str]:
 
 
 def find_path(path: str) -> Path:
-    """A recipe's relative path: from the current folder, or else from the project's own."""
+    """The path that a recipe names: as it stands if it exists, and otherwise inside the project's own folder."""
     here = Path(os.path.expanduser(path))
-    if not os.path.exists(here) and os.path.exists(ROOT / path):  # unlike Path's, they never raise
+    if not os.path.exists(here) and os.path.exists(ROOT / path):  # the functions of Path may raise
         return ROOT / path
     return here
 
 
 def find_model(name_or_path: str) -> str:
-    """A folder with a model if there is one of that name, else the name, for the model hub.
+    """The model's folder if there is a folder of that name; otherwise the name itself, for the model hub.
 
-    Raises UserError for what looks like a folder and is none.
+    Raises UserError for a name that looks like a folder where there is no such folder.
     """
     folder = find_path(name_or_path)
     if folder.is_dir():
@@ -214,7 +240,7 @@ def find_model(name_or_path: str) -> str:
 
 
 def recipe_as_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain nested values, as a recipe file holds them (tuples become lists)."""
+    """The recipe as plain nested values, which is how a recipe file holds them: tuples become lists."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

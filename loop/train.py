@@ -3,153 +3,122 @@
 accelerate launch --config_file accel_configs/zero3.yaml loop/train.py [--config RECIPE] [--KEY VALUE …]
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
+from peft import PeftModel
 
-from data.batch import empty_window, epoch_order, num_windows, windows
+from loop.batch_arithmetic import BatchArithmetic, num_launched, settle_accumulation
 from loop.engine.accelerator import build_accelerator, prepare
-from loop.guard.finite_values import FiniteCheck
+from loop.guard.guard import Guard
 from loop.guard.process import Stopped, end_process, exit_codes
 from loop.guard.ranks import Watch
-from loop.guard.signals import StopSignals
-from loop.measure.phases import ACCOUNT, watch_phases
+from loop.measure.phases import ACCOUNT
 from loop.model.build import (
-    Data,
     build_data,
     build_lr_scheduler,
     build_model,
     build_optimizer,
     build_tokenizer,
     check_model,
-    rows_per_step,
 )
 from loop.planning.decisions import decide
-from loop.recipe import Recipe, parse_recipe
+from loop.recipe import parse_recipe, recipe_as_dict
 from loop.saving.checkpoint import Checkpoint, restore_adapter, save_adapter, save_checkpoint, unwrap
-from loop.saving.resume import check_resumable, find_checkpoint, fingerprint, resume_optimizer
-from loop.saving.run_folder import check_run_folder, create_run_folder, write_engine_config, write_report
+from loop.saving.resume import check_resumable, find_checkpoint, fingerprint, keep_decisions, resume_optimizer
+from loop.saving.run_folder import check_run_folder, create_run_folder, write_engine_config
+from loop.state import Interval, Job, Learner, TrainState
 from loop.step import seed_dropout, train_step, validate
 from loop.telling.first_page import overview
 from loop.telling.run_costs import write_usage
-from loop.telling.tracking import Interval, Tracking
+from loop.telling.tracking import Tracking
 
 
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
-    name, recipe = parse_recipe(argv)
-    checkpoint = find_checkpoint(name, recipe)  # what --resume means; None: a new run
-    check_run_folder(recipe, checkpoint)
+    name, asked = parse_recipe(argv)
+    checkpoint = find_checkpoint(name, asked)  # the one that --resume means; None for a new run
+    check_run_folder(asked, checkpoint)
+    recipe = keep_decisions(checkpoint, settle_accumulation(asked, num_launched()))
     tokenizer = build_tokenizer(recipe)
     data = build_data(recipe, tokenizer)
     model_without_weights = check_model(recipe, tokenizer)
     accelerator = build_accelerator(recipe)
-    with Watch(recipe.rank_timeout, accelerator) as watch:
-        total_steps = recipe.epochs * num_windows(len(data.train), rows_per_step(recipe, accelerator))
-        watch.step = checkpoint.step if checkpoint else 0
-        check_resumable(checkpoint, recipe, total_steps, accelerator)
+    with Watch(recipe.rank_timeout, checkpoint.step if checkpoint else 0, accelerator) as watch:
+        batch = BatchArithmetic.of(recipe, accelerator.num_processes, len(data.train))
+        run = fingerprint(recipe, batch, accelerator)
+        check_resumable(checkpoint, run, recipe, batch, accelerator)
         decided = decide(recipe, data, model_without_weights, accelerator)  # what the recipe leaves to auto
-        data = replace(data, layout=decided.layout)
+        recipe = decided.write_into(recipe)
         model = build_model(recipe, decided.layout, decided.checkpointing, accelerator)
         restore_adapter(checkpoint, model, accelerator)
         run_dir = create_run_folder(name, recipe, checkpoint, accelerator)
 
-        optimizer = build_optimizer(recipe, model)
-        model, optimizer = prepare(model, optimizer, accelerator)
-        write_engine_config(run_dir, accelerator)
-        nothing = empty_window(data.train[0], recipe.grad_accum_steps, data.layout, data.pad_token_id)
-        resume_optimizer(checkpoint, model, optimizer, nothing, accelerator)
-        lr_scheduler = build_lr_scheduler(recipe, optimizer, total_steps, done=checkpoint.updates if checkpoint else 0)
-
+        resumed_from = checkpoint.folder if checkpoint else None
+        job = Job(recipe, replace(data, layout=decided.layout), batch, run_dir, resumed_from, accelerator)
+        learner = build_learner(job, model, checkpoint)
+        state = TrainState.begin(checkpoint, run | {"recipe": recipe_as_dict(recipe)}, accelerator)
+        inner = unwrap(learner.model, accelerator)
         with (
-            Tracking(recipe, run_dir, checkpoint.step if checkpoint else 0, total_steps, accelerator) as tracking,
-            StopSignals(accelerator) as signals,
+            Tracking(recipe, run_dir, state.step, batch.total_steps, accelerator) as tracking,
+            Guard(inner, watch, accelerator) as guard,
         ):
-            tracking.say(overview(recipe, decided, data, model, run_dir, total_steps, accelerator))
-            fit(
-                recipe, data, model, optimizer, lr_scheduler, checkpoint, run_dir, tracking, signals, watch, accelerator
-            )
-            save_adapter(unwrap(model, accelerator), run_dir / "adapter", accelerator)
+            tracking.say(overview(job, decided, learner.model))
+            fit(job, learner, state, guard, tracking)
+            save_adapter(inner, run_dir / "adapter", accelerator)
             tracking.say(f"adapter: {run_dir / 'adapter'}")
-            write_usage(run_dir, unwrap(model, accelerator), total_steps, accelerator)
+            write_usage(run_dir, inner, batch.total_steps, accelerator)
+            tracking.say(f"report: python -m eval.report {shlex.quote(str(run_dir))}")
     accelerator.state.destroy_process_group()
-    write_report(run_dir, accelerator)
 
 
-def fit(
-    recipe: Recipe,
-    data: Data,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    checkpoint: Checkpoint | None,
-    run_dir: Path,
-    tracking: Tracking,
-    signals: StopSignals,
-    watch: Watch,
-    accelerator: Accelerator,
-) -> None:
-    """Trains all epochs, or what is left after `checkpoint`; every rank enters.
+def build_learner(job: Job, model: PeftModel, checkpoint: Checkpoint | None) -> Learner:
+    """What learns, wrapped by the engine, and as far as `checkpoint` had come; every rank enters."""
+    optimizer = build_optimizer(job.recipe, model)
+    engine, optimizer = prepare(model, optimizer, job.accelerator)
+    write_engine_config(job.run_dir, job.accelerator)
+    resume_optimizer(checkpoint, engine, optimizer, job.empty_window(), job.accelerator)
+    done = checkpoint.updates if checkpoint else 0
+    return Learner(engine, optimizer, build_lr_scheduler(job.recipe, optimizer, job.batch.total_steps, done))
 
-    Logs, validates and saves as often as the recipe says. Raises Stopped after a signal, a checkpoint later.
+
+def fit(job: Job, learner: Learner, state: TrainState, guard: Guard, tracking: Tracking) -> None:
+    """Learns the windows that are left after `state`; every rank enters.
+
+    Job.due says when it logs, validates and saves. After a signal it saves and raises Stopped.
     """
-    share = partial(  # of this rank
-        windows,
-        micro_batch_size=recipe.micro_batch_size,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        layout=data.layout,
-        pad_token_id=data.pad_token_id,
-    )
-    rows = rows_per_step(recipe, accelerator)
-    steps_per_epoch = num_windows(len(data.train), rows)
-    eval_every = recipe.eval_every or steps_per_epoch
-    save_every = recipe.save_every or steps_per_epoch
-    step, updates = (checkpoint.step, checkpoint.updates) if checkpoint else (0, 0)
-    interval = Interval.restore(checkpoint, accelerator)
-    finite = FiniteCheck(unwrap(model, accelerator), accelerator)
-    run = fingerprint(recipe, accelerator)
-    watch_phases(model, accelerator)
+    model, optimizer, lr_scheduler = learner.model, learner.optimizer, learner.lr_scheduler
+    max_grad_norm, accelerator = job.recipe.optim.max_grad_norm, job.accelerator
     model.train()
-    for epoch in range(step // steps_per_epoch, recipe.epochs):
-        order = epoch_order(len(data.train), recipe.seed, epoch)[step % steps_per_epoch * rows :]
-        for window in ACCOUNT.steps(share(data.train, order, grad_accum_steps=recipe.grad_accum_steps)):
-            seed_dropout(recipe.seed, step, accelerator.process_index)
-            result = train_step(window, model, optimizer, lr_scheduler, recipe.optim.max_grad_norm, accelerator)
-            step = watch.step = step + 1
-            finite.check(step, window, result)
-            updates += not result.skipped
-            interval.add(window, result)
-            epoch_ends = step % steps_per_epoch == 0
-            logs = step % recipe.log_every == 0 or epoch_ends
-            metrics = interval.metrics(result, accelerator) if logs else {}
-            if data.validation and step % eval_every == 0:
-                val_windows = share(data.validation, range(len(data.validation)), grad_accum_steps=1)
-                metrics["val/loss"] = finite.check_validation(step, validate(val_windows, model, accelerator))
-            tracking.advance(step)
-            if metrics:
-                tracking.log(step, metrics)
-            stop = signals.agreed()
-            if step % save_every == 0 or epoch_ends or stop:
-                state = {
-                    "step": step,
-                    "updates": updates,
-                    "interval": None if logs else interval.state(),
-                    "val_loss": metrics.get("val/loss"),
-                    "run": run,
-                }
-                inner = unwrap(model, accelerator)
-                folder = save_checkpoint(
-                    inner, optimizer, run_dir, state, recipe.save_total_limit, checkpoint, accelerator
-                )
-                if stop:
-                    raise Stopped(stop, f"stopped after step {step} as asked; go on with --resume {folder}")
-            if logs:
-                interval = Interval(accelerator.device)
+    for window in ACCOUNT.steps(job.windows(after=state.step)):
+        seed_dropout(job.recipe.seed, state.step, accelerator.process_index)
+        result = train_step(window, model, optimizer, lr_scheduler, max_grad_norm, accelerator)
+        state.advance(window, result)
+        stop = guard.check(state.step, window, result)  # a signal's number, or 0; raises where a number is not finite
+        due = job.due(state.step, stop)
+        metrics = state.interval.metrics(result, accelerator) if due.log else {}
+        if due.validate:
+            metrics["val/loss"] = state.val_loss = guard.check_validation(
+                state.step, validate(job.validation_windows(), model, accelerator)
+            )
+        tracking.advance(state.step)
+        if metrics:
+            tracking.log(state.step, metrics)
+        if due.save:
+            folder = save(job, learner, state)
+        if stop:
+            raise Stopped(stop, f"stopped after step {state.step} as asked; go on with --resume {folder}")
+        if due.log:
+            state.interval = Interval(accelerator.device)
+
+
+def save(job: Job, learner: Learner, state: TrainState) -> Path:
+    """Writes a checkpoint and returns its folder; every rank enters."""
+    model, limit = unwrap(learner.model, job.accelerator), job.recipe.save_total_limit
+    contents = state.as_json()
+    return save_checkpoint(model, learner.optimizer, job.run_dir, contents, limit, job.resumed_from, job.accelerator)
 
 
 if __name__ == "__main__":

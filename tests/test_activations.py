@@ -6,20 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.examples import Example
 from data.layout import collate
-from loop.model.build import set_checkpointing
+from loop.model.build import adapt, set_checkpointing
 from loop.model.head import LinearNLL
-from loop.model.lora import fuse_lora
 from loop.planning.activations import measure_step
 from tests.equality import TINY
 from tests.reference_loop import TARGETS
 
 ROWS, TOKENS, LABELS = 3, 40, 12
-DROPOUT = 0.0  # whose masks a GPU keeps, and a CPU does not
+DROPOUT = 0.0  # because a GPU keeps masks of dropout and a CPU does not
 BATCH = collate([Example(row, [1] * (TOKENS - LABELS), [1] * LABELS) for row in range(ROWS)], "padded", 0)
 
 
@@ -27,16 +26,14 @@ def adapted(device: str, dtype: torch.dtype) -> Any:
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY), dtype=dtype)
         config = LoraConfig(r=8, lora_dropout=DROPOUT, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-        model = get_peft_model(base, config, autocast_adapter_dtype=False).to(dtype).train()
-        fuse_lora(model)
-        return model
+        return adapt(base, config, autocast_adapter_dtype=False).to(dtype).train()
 
 
 @contextmanager
 def saved_bytes(model: torch.nn.Module) -> Iterator[list[int]]:
-    """Of all that autograd keeps, each storage once, without parameters and buffers."""
+    """Counts the bytes that autograd keeps: each storage once, without parameters and buffers."""
     known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
+    kept: dict[int, torch.UntypedStorage] = {}  # the storages are kept alive, so that no address is used twice
     result: list[int] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -70,7 +67,7 @@ def test_saved_is_what_autograd_saves(how: str, dtype: torch.dtype) -> None:
 
 
 def test_recomputing_keeps_one_input_a_layer() -> None:
-    """What the depth adds is the layers' inputs: rows x tokens x hidden size in bf16 each. The last keeps all."""
+    """Two more layers add two inputs of a layer: rows x tokens x hidden size in bf16 each. The last layer keeps all."""
     deep, shallow = (adapted("meta", torch.bfloat16) for _ in range(2))
     layers = shallow.get_base_model().model.layers
     del layers[2:]
@@ -78,17 +75,35 @@ def test_recomputing_keeps_one_input_a_layer() -> None:
     assert kept[0] - kept[1] == 2 * ROWS * TOKENS * 128 * 2
 
 
-def test_one_kind_leaves_nothing_behind_for_the_next() -> None:
-    model = adapted("meta", torch.bfloat16)
-    kinds = ("none", "reentrant", "non_reentrant", "none", "reentrant")
-    measured = [measure_step(model, BATCH, kind) for kind in kinds]
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    """After measurements of all kinds, modules, modes, hooks and gradients are as before, and so is a measurement."""
+    model = adapted("meta", torch.bfloat16).eval()
+
+    def state() -> list[object]:
+        modules = [
+            (name, type(module), module.training, getattr(module, "gradient_checkpointing", None), hooks_of(module))
+            for name, module in model.named_modules()
+        ]
+        parameters = [(name, p.grad, p.requires_grad, hooks_of(p)) for name, p in model.named_parameters()]
+        return [modules, parameters, model.get_base_model().config.to_dict()]
+
+    before = state()
+    measured = [
+        measure_step(model, BATCH, kind) for kind in ("none", "reentrant", "non_reentrant", "none", "reentrant")
+    ]
+    assert state() == before
     assert measured[0] == measured[3]
     assert measured[1] == measured[4]
     assert measured[0] != measured[1]
 
 
+def hooks_of(owner: Any) -> list[int]:
+    """The numbers of hooks of each kind."""
+    return [len(hooks) for name, hooks in sorted(vars(owner).items()) if "hooks" in name and isinstance(hooks, dict)]
+
+
 def test_events_are_the_modules_in_order() -> None:
-    """Each module begins and ends in the forward pass, and in the backward pass in the opposite order."""
+    """The modules begin in order in the forward pass, and in the opposite order in the backward pass."""
     planned = measure_step(adapted("meta", torch.bfloat16), BATCH, "none")
     layers = [event.module for event in planned.events if event.kind == "fetch" and event.module.endswith("mlp")]
     names = [f"base_model.model.model.layers.{i}.mlp" for i in range(4)]

@@ -1,4 +1,4 @@
-"""The distributed world has to be the one that was launched."""
+"""The start of a process: its distributed world is the one that was launched, and bad launches end with one message."""
 
 import os
 import sys
@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
-from torch.utils.cpp_extension import _get_build_directory
 
 from data.errors import UserError
 from loop.engine import accelerator as engine
@@ -59,19 +58,22 @@ def test_launches_that_cannot_work(environment: dict[str, str], said: str, monke
 
 
 def test_fp16_norm_is_unscaled() -> None:
-    """DeepSpeed's real stage-0 optimizer for fp16, on gradients (3, 4) scaled by 1024: their norm is 5."""
+    """DeepSpeed's real stage-0 optimizer for fp16 gets gradients (3, 4), scaled by 1024. Their norm is 5.
+
+    DeepSpeed makes its own tensors on the GPU where there is one, so the parameter has to lie there too.
+    """
     script = """
 import deepspeed, torch
 from types import SimpleNamespace
-from torch._C._distributed_c10d import HashStore
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from loop.engine.deepspeed_config import keep_grad_norm
-torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-deepspeed.init_distributed("gloo", dist_init_required=False)
-parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]).half())
+from loop.internals.deepspeed_internals import keep_grad_norm
+device, backend = ("cuda", "nccl") if torch.cuda.is_available() else ("cpu", "gloo")
+torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+deepspeed.init_distributed(backend, dist_init_required=False)
+parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0], device=device).half())
 optimizer = FP16_UnfusedOptimizer(torch.optim.AdamW([parameter]), static_loss_scale=1024.0, clip_grad=1.0)
 keep_grad_norm(SimpleNamespace(optimizer=optimizer))
-parameter.grad = torch.tensor([3.0, 4.0]).half() * 1024
+parameter.grad = torch.tensor([3.0, 4.0], device=device).half() * 1024
 optimizer.step()
 print("norm", float(optimizer._global_grad_norm))
 """
@@ -83,9 +85,10 @@ print("norm", float(optimizer._global_grad_norm))
 def test_a_lock_that_a_killed_build_left_is_named(
     age: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """torch waits for its file to go away, and says nothing."""
+    """torch waits for the lock to go away, and says nothing meanwhile."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    folder = Path(_get_build_directory("cpu_adam", verbose=False))
+    folder = tmp_path / "py311_cpu" / "cpu_adam"
+    folder.mkdir(parents=True)
     (folder / "lock").touch()
     os.utime(folder / "lock", (time.time() - age,) * 2)
     announce_builds({"offload_optimizer": {"device": "cpu"}})
@@ -93,7 +96,7 @@ def test_a_lock_that_a_killed_build_left_is_named(
 
 
 def test_a_start_compiles_nothing(tmp_path: Path) -> None:
-    """DeepSpeed's Muon does when it is imported, which took two seconds of a start."""
+    """DeepSpeed imports its Muon optimizer, which would compile functions then and take two seconds of every start."""
     script = f"""
 import sys, loop.train
 def fit(*_):

@@ -1,13 +1,12 @@
-"""The loss inside the model: PyTorch's cross entropy, what it never makes, and which models it may be put into."""
+"""The loss inside the model: it is PyTorch's cross entropy, makes few logits, and keeps each model's own way."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -21,8 +20,9 @@ from transformers import (
 
 from data.examples import Example
 from data.layout import Layout, collate
+from loop.internals.torch_internals import TorchDispatchMode, tree_leaves
 from loop.model import head
-from loop.model.head import LinearNLL, has_plain_head, put_loss_inside
+from loop.model.head import HeadWithLoss, LinearNLL, PeftModelWithLoss, has_plain_head
 from loop.step import summed_nll
 
 SIZES: dict[str, Any] = {
@@ -55,7 +55,7 @@ def test_is_cross_entropy(bias: bool, at_once: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_small_probabilities_survive_fp16() -> None:
-    """Of 60,000 tokens each is about 1.7e-5 likely, below fp16's smallest normal number."""
+    """Each of 60,000 tokens has a probability of about 1.7e-5, below the smallest normal number of fp16."""
     torch.manual_seed(0)
     hidden, weight = 0.01 * torch.randn(4, 16), torch.randn(60_000, 16)
     labels = torch.tensor([1, 2, 3, 4])
@@ -68,7 +68,7 @@ def test_small_probabilities_survive_fp16() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that is made."""
+    """Remembers the number of elements of the largest tensor that is made."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -81,17 +81,16 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def adapted(base: Any) -> Any:
+def adapted(base: Any, target: str = "q_proj") -> Any:
     base.config.use_cache = False
-    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).train()
+    return PeftModelWithLoss(base, LoraConfig(r=2, target_modules=[target], task_type="CAUSAL_LM")).train()
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
 def test_no_logits_but_where_a_label_is(layout: Layout) -> None:
-    """A step makes [labels, vocab] and nothing of [B, T, vocab]; in chunks not even that."""
+    """A step makes a tensor [labels, vocab] and none of [B, T, vocab]; in chunks not even the first one exists."""
     vocab = 200_000
     model = adapted(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | {"vocab_size": vocab}), dtype=torch.float32))
-    put_loss_inside(model)
     batch = collate(ROWS, layout, 0)
     largest = Largest()
     with largest:
@@ -120,7 +119,7 @@ def build(name: str, config: Any) -> Any:
 
 @pytest.mark.parametrize("name", PLAIN | OTHER)
 def test_any_model_keeps_its_own_loss(name: str) -> None:
-    """Whatever a model makes of lm_head's output: the same loss and gradients as from the logits that it gives."""
+    """Loss and gradients are those of the logits that the model itself gives, whatever it makes of lm_head's output."""
     base = build(name, (PLAIN | OTHER)[name])
     assert has_plain_head(base) == (name in PLAIN)
     model = adapted(base).eval()
@@ -128,13 +127,11 @@ def test_any_model_keeps_its_own_loss(name: str) -> None:
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     batch = collate(ROWS, "padded", 0)
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = model.get_base_model()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     expected = cross_entropy(logits.flatten(0, 1)[batch.predicts], batch.label_ids, reduction="sum")
     expected.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
-    put_loss_inside(model)
-    put_loss_inside(model)  # twice is once
     found = summed_nll(model, batch)
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -144,8 +141,7 @@ def test_any_model_keeps_its_own_loss(name: str) -> None:
 
 def test_an_adapter_on_lm_head_is_trained() -> None:
     base = build("llama", LlamaConfig)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")).train()
-    put_loss_inside(model)
+    model = adapted(base, "lm_head")
     summed_nll(model, collate(ROWS, "padded", 0)).backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
@@ -155,7 +151,7 @@ def test_looking_at_the_head_leaves_the_model_as_it_was() -> None:
     parts = base.model, base.lm_head
     has_plain_head(base)
     assert (base.model, base.lm_head) == parts
-    assert list(base._modules) == ["model", "lm_head"]
+    assert [name for name, _ in base.named_children()] == ["model", "lm_head"]
 
 
 def test_a_bias_of_lm_head_counts() -> None:
@@ -164,9 +160,34 @@ def test_a_bias_of_lm_head_counts() -> None:
     torch.nn.init.normal_(base.lm_head.bias)
     assert has_plain_head(base)
     model = adapted(base)
-    put_loss_inside(model)
     batch = collate(ROWS, "padded", 0)
     hidden = base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     by_hand = (hidden @ base.lm_head.weight.T + base.lm_head.bias).flatten(0, 1)[batch.predicts]
     expected = cross_entropy(by_hand, batch.label_ids, reduction="sum")
     assert summed_nll(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_names_and_tied_weights_stay() -> None:
+    """The head owns the same parameter as before, under the same name, also where the embeddings share it."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, tie_word_embeddings=True), dtype=torch.float32)
+    names = list(base.state_dict())
+    weight = base.lm_head.weight
+    plain = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model = adapted(base)
+    assert isinstance(base.lm_head, HeadWithLoss)
+    assert base.lm_head.weight is weight is base.model.embed_tokens.weight
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert len(names) == len([name for name in model.state_dict() if "lora_" not in name])
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    summed_nll(model, collate(ROWS, "padded", 0)).backward()
+    assert weight.grad is None
+
+
+def test_the_base_still_gives_logits_and_generates() -> None:
+    model = adapted(build("llama", LlamaConfig)).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    logits = model.get_base_model()(input_ids=ids).logits
+    assert logits.shape == (1, 3, SIZES["vocab_size"])
+    generated = model.generate(input_ids=ids, max_new_tokens=1, do_sample=False)
+    assert generated[0, -1] == logits[0, -1].argmax()

@@ -12,8 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from data.examples import Example
 from data.layout import IGNORE_INDEX, Apart, Layout, collate, shared_prefix, stand_in
 from loop.model.build import add_adapters, set_checkpointing, set_layout
-from loop.model.head import put_loss_inside
-from loop.model.lora import fuse_lora
 from loop.recipe import parse_recipe
 from loop.step import summed_nll
 from tests.equality import TINY
@@ -45,8 +43,6 @@ def adapted(layout: Layout, checkpointing: str = "none") -> Any:
                 parameter.normal_(std=0.02)
     set_layout(base, layout)
     set_checkpointing(base, checkpointing)
-    fuse_lora(model)
-    put_loss_inside(model)
     return model.train()
 
 

@@ -1,14 +1,16 @@
-"""LoRA in fewer passes against PEFT's own layer, and dropout against what it has to do."""
+"""The fused LoRA layer against PEFT's own layer, and its dropout against what dropout has to do."""
 
-import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from torch import nn
 
-from loop.model.lora import draw_dropped, dropped_places, fuse_lora
+from loop.model.lora import FusedLora, draw_dropped, dropped_places, use_fused_lora
 
 
 class Model(nn.Module):
@@ -20,9 +22,12 @@ class Model(nn.Module):
         return self.two(torch.tanh(self.one(x)))  # type: ignore[no-any-return]
 
 
-def adapted(dropout: float, **more: Any) -> Any:
+def adapted(dropout: float, fused: bool = True, **more: Any) -> Any:
+    """The same weights whether fused or not; the adapters are no longer zero."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=["one", "two"], **more)
+    if fused:
+        use_fused_lora(config)
     model = get_peft_model(Model().double(), config, autocast_adapter_dtype=False).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -40,18 +45,17 @@ def result(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_is_pefts(training: bool) -> None:
-    model = adapted(0.0 if training else 0.3).train(training)
-    fused = copy.deepcopy(model)
-    fuse_lora(fused)
+    dropout = 0.0 if training else 0.3
+    model, fused = (adapted(dropout, fused).train(training) for fused in (False, True))
+    assert type(fused.base_model.model.one) is FusedLora
     x = torch.randn(2, 5, 24, dtype=torch.float64)
     for ours, theirs in zip(result(fused, x), result(model, x), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_an_fp32_activation_under_autocast() -> None:
-    """Norms give them on a GPU; LoRA computes in the autocast dtype then, both ways."""
+    """On a GPU norms return fp32 under autocast. LoRA then computes in the autocast dtype, in both directions."""
     model = adapted(0.3).float().train()
-    fuse_lora(model)
     x = torch.randn(2, 24, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
@@ -62,25 +66,62 @@ def test_an_fp32_activation_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_bias": True}])
-def test_other_kinds_stay_pefts(more: dict[str, bool]) -> None:
-    model = adapted(0.0, **more)
-    before = model(torch.ones(1, 24, dtype=torch.float64))
-    fuse_lora(model)
-    assert torch.equal(model(torch.ones(1, 24, dtype=torch.float64)), before)
-    assert not any("forward" in vars(module) for module in model.modules())
+def test_other_kinds_are_computed_by_peft(more: dict[str, bool]) -> None:
+    """DoRA scales by the weights' norms and lora_bias adds a bias: the fused formula would give another output."""
+    x = torch.randn(3, 24, dtype=torch.float64)
+    for ours, theirs in zip(result(adapted(0.0, **more), x), result(adapted(0.0, False, **more), x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_disabled_or_merged_adapter_is_not_added() -> None:
+    model = adapted(0.0).eval()
+    x = torch.randn(3, 24, dtype=torch.float64)
+    with_adapter = model(x)
+    one, two = model.base_model.model.one.base_layer, model.base_model.model.two.base_layer
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), two(torch.tanh(one(x))))
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), with_adapter)
+
+
+def test_files_are_pefts_and_load_without_us(tmp_path: Path) -> None:
+    """The adapter's folder has what PEFT's own layers would write, and plain PEFT computes the same from it."""
+    ours, theirs = adapted(0.0), adapted(0.0, fused=False)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    configs = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
+    assert configs[0] == configs[1]
+    torch.manual_seed(0)
+    loaded: Any = PeftModel.from_pretrained(Model().double(), str(tmp_path / "ours")).double()
+    assert type(loaded.base_model.model.one) is lora.Linear
+    x = torch.randn(3, 24, dtype=torch.float64)
+    torch.testing.assert_close(loaded(x), ours(x))
+
+
+def test_subclasses_of_linear_stay_with_peft() -> None:
+    """Quantized layers are subclasses of nn.Linear, and PEFT has layers of its own for them."""
+
+    class Special(nn.Linear):
+        pass
+
+    model = Model()
+    model.one = Special(24, 40)
+    config = use_fused_lora(LoraConfig(r=4, target_modules=["one", "two"]))
+    adapted: Any = get_peft_model(model, config)
+    layers = adapted.base_model.model
+    assert (type(layers.one), type(layers.two)) == (lora.Linear, FusedLora)
 
 
 def mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """As on a GPU."""
+    """Draws the mask that a GPU would draw."""
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(p)
 
 
 @pytest.mark.parametrize("draw", [draw_dropped, mask])
 def test_gradient_of_dropout_is_that_of_what_was_dropped(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By finite differences, with the same draw each time."""
+    """The gradient agrees with finite differences, where each evaluation draws the same."""
     monkeypatch.setattr("loop.model.lora.draw_dropped", draw)
     model = adapted(0.4).train()
-    fuse_lora(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def loss(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
@@ -93,10 +134,9 @@ def test_gradient_of_dropout_is_that_of_what_was_dropped(draw: Any, monkeypatch:
 
 @pytest.mark.parametrize("draw", [draw_dropped, mask])
 def test_dropout_keeps_the_mean(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept is scaled by 1 / (1 - p): over many draws the mean is the output without dropout."""
+    """Kept elements are scaled by 1 / (1 - p), so the mean over many draws is the output without dropout."""
     monkeypatch.setattr("loop.model.lora.draw_dropped", draw)
     model = adapted(0.2)
-    fuse_lora(model)
     x = torch.randn(1, 24, dtype=torch.float64)
     expected = model.base_model.model.one.eval()(x)
     layer = model.base_model.model.one.train()
@@ -107,7 +147,7 @@ def test_dropout_keeps_the_mean(draw: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("p", [0.01, 0.5, 0.97])
 def test_each_place_is_dropped_by_itself(p: float) -> None:
-    """As often as p says, wherever it is, and whether the one before it was dropped or not."""
+    """Each place is dropped as often as p says, and as often after a dropped one as after a kept one."""
     torch.manual_seed(1)
     count, draws = 50, 8000
     dropped = torch.zeros(draws, count)
@@ -122,7 +162,7 @@ def test_each_place_is_dropped_by_itself(p: float) -> None:
 
 
 def test_draws_more_where_the_first_gaps_end_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight standard deviations of places are drawn; with none of them to spare the rest is drawn later."""
+    """Usually enough places are drawn at once. Here too few are drawn at first, so the loop has to draw more."""
     monkeypatch.setattr("loop.model.lora.SPARE", -0.5)
     torch.manual_seed(2)
     places = dropped_places(10_000, 0.5)

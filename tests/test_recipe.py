@@ -5,7 +5,7 @@ import yaml
 
 from data.errors import UserError
 from data.sums import SYSTEM_PROMPT
-from loop.recipe import DEFAULT_RECIPE, ROOT, find_model, find_path, parse_recipe, recipe_as_dict
+from loop.recipe import DEFAULT_RECIPE, ROOT, RUN_OPTIONS, find_model, find_path, parse_recipe, recipe_as_dict
 
 RECIPES = ROOT / "loop" / "recipes"
 
@@ -24,7 +24,7 @@ def test_14b_is_the_reference_number_for_number() -> None:
     assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout) == (8, 64, 0.01)
     attention, mlp = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
     assert list(recipe.lora.target_modules) == attention + mlp
-    assert (recipe.epochs, recipe.seed, recipe.micro_batch_size, recipe.grad_accum_steps) == (1, 42, 16, 1)
+    assert (recipe.epochs, recipe.seed, recipe.micro_batch_size, recipe.rows_per_step) == (1, 42, 16, 32)
     assert (recipe.optim.lr, recipe.optim.warmup_ratio, recipe.optim.weight_decay) == (1e-4, 0.03, 0.1)
     assert recipe.gradient_checkpointing == "auto"
     assert (recipe.log_every, recipe.eval_every, recipe.save_total_limit) == (5, 0, 3)
@@ -60,6 +60,7 @@ def test_written_recipe_reads_back(tmp_path: Path) -> None:
         (["--epochs", "0"], "epochs is 0, but has to be 1 to a million"),
         (["--micro_batch_size", "-1"], "micro_batch_size is -1"),
         (["--grad_accum_steps", "0"], "grad_accum_steps is 0"),
+        (["--rows_per_step", "0"], "rows_per_step is 0, but has to be 1 to a million, or null"),
         (["--optim.lr", "0"], "optim.lr is 0.0"),
         (["--optim.lr", "nan"], "optim.lr"),
         (["--optim.lr", "inf"], "optim.lr"),
@@ -102,3 +103,12 @@ def test_paths_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
     for missing in ("./nothing", "/no/where", "a/b/c"):
         with pytest.raises(UserError, match="there is no folder"):
             find_model(missing)
+
+
+def test_run_options_are_keys_of_the_recipe() -> None:
+    """A key that was renamed would silently count as mathematics."""
+    values = recipe_as_dict(parse_recipe([])[1])
+    sections = {key: value for key, value in values.items() if isinstance(value, dict)}
+    keys = {*(values.keys() - sections.keys()), *(f"{name}.{key}" for name, inner in sections.items() for key in inner)}
+    assert keys >= RUN_OPTIONS
+    assert {"optim.lr", "lora.rank", "data.system_prompt", "seed", "epochs"} <= keys - RUN_OPTIONS

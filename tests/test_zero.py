@@ -1,4 +1,5 @@
-"""What each stage holds and sends, against closed forms; against the real engine in tests/distributed/test_plan.py."""
+"""What each stage holds and sends, compared with closed forms; tests/distributed/test_plan.py compares it with the
+real engine."""
 
 from typing import Literal
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from loop.planning.activations import Event
-from loop.planning.zero_memory import Layout, gathered, held, traffic
+from loop.planning.zero_memory import Sharding, held, link_traffic, simulate_gathering
 
 BASE, ADAPTERS = [1000, 600, 7], [80, 40]
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
@@ -16,7 +17,7 @@ SMALL = {"reduce_bucket_size": 10, "stage3_param_persistence_threshold": 0}
 
 def test_bytes_a_trainable_parameter() -> None:
     """In bf16, as ZeRO counts (arXiv 1910.02054, section 3.1): 2 + 2 + 12, and a gradient cast for the update."""
-    device, host = held(Layout(0, 2, 2, {}), BASE, ADAPTERS)
+    device, host = held(Sharding(0, 2, 2, {}), BASE, ADAPTERS)
     assert (device.base, device.adapters, device.optimizer) == (2 * 1607, 2 * 120, 12 * 120)
     assert device.gradients == (2 + 4) * 120
     assert host.total == 0
@@ -24,47 +25,47 @@ def test_bytes_a_trainable_parameter() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_stages_1_and_2_share_the_optimizer_out(stage: int) -> None:
-    device, _ = held(Layout(stage, 3, 2, SMALL), BASE, ADAPTERS)
+    device, _ = held(Sharding(stage, 3, 2, SMALL), BASE, ADAPTERS)
     assert device.base == 2 * 1607
     assert device.optimizer == 12 * 40
     assert device.buffers == 2 * 10
-    twice, _ = held(Layout(stage, 3, 2, SMALL | {"overlap_comm": True}), BASE, ADAPTERS)
+    twice, _ = held(Sharding(stage, 3, 2, SMALL | {"overlap_comm": True}), BASE, ADAPTERS)
     assert twice.buffers == 2 * device.buffers
 
 
 def test_stage_3_shares_the_weights_out_too() -> None:
-    device, host = held(Layout(3, 2, 2, SMALL), BASE, ADAPTERS)
+    device, host = held(Sharding(3, 2, 2, SMALL), BASE, ADAPTERS)
     assert device.base == 2 * (500 + 300 + 4)  # the odd one is padded
     assert (device.adapters, device.optimizer) == (2 * 60, 12 * 60)
-    persistent, _ = held(Layout(3, 2, 2, SMALL | {"stage3_param_persistence_threshold": 80}), BASE, ADAPTERS)
+    persistent, _ = held(Sharding(3, 2, 2, SMALL | {"stage3_param_persistence_threshold": 80}), BASE, ADAPTERS)
     assert persistent.buffers - device.buffers == 2 * (7 + 80 + 40)
     assert host.total == 0
 
 
 def test_offload_moves_and_loses_nothing() -> None:
-    stays, _ = held(Layout(3, 2, 2, SMALL), BASE, ADAPTERS)
-    device, host = held(Layout(3, 2, 2, SMALL | OFFLOADED | {"offload_param": {"device": "cpu"}}), BASE, ADAPTERS)
+    stays, _ = held(Sharding(3, 2, 2, SMALL), BASE, ADAPTERS)
+    device, host = held(Sharding(3, 2, 2, SMALL | OFFLOADED | {"offload_param": {"device": "cpu"}}), BASE, ADAPTERS)
     assert (device.base, device.adapters, device.gradients, device.optimizer) == (0, 0, 0, 0)
     assert (host.base, host.adapters, host.optimizer) == (stays.base, stays.adapters, stays.optimizer)
-    device, host = held(Layout(2, 2, 2, SMALL | OFFLOADED), BASE, ADAPTERS)
+    device, host = held(Sharding(2, 2, 2, SMALL | OFFLOADED), BASE, ADAPTERS)
     assert (device.base, device.optimizer, host.optimizer) == (2 * 1607, 0, 12 * 60)
 
 
 def test_without_deepspeed_adapters_are_fp32_and_their_own_masters() -> None:
-    device, _ = held(Layout(None, 1, 2, {}), BASE, ADAPTERS)
+    device, _ = held(Sharding(None, 1, 2, {}), BASE, ADAPTERS)
     assert (device.base, device.adapters, device.gradients, device.optimizer) == (2 * 1607, 480, 480, 960)
 
 
 def test_traffic_is_a_rings() -> None:
     """An all-reduce sends 2 (n - 1) / n of its tensor, a reduce-scatter or an all-gather half of that."""
     gradient = 2 * 120
-    assert traffic(Layout(0, 4, 2, {}), ADAPTERS, 2, 0).interconnect == pytest.approx(1.5 * gradient)
-    assert traffic(Layout(3, 4, 2, {}), ADAPTERS, 2, 1000).interconnect == pytest.approx(
+    assert link_traffic(Sharding(0, 4, 2, {}), ADAPTERS, 2, 0).interconnect == pytest.approx(1.5 * gradient)
+    assert link_traffic(Sharding(3, 4, 2, {}), ADAPTERS, 2, 1000).interconnect == pytest.approx(
         0.75 * (2 * gradient + gradient + 2 * 2 * 1000)
     )
-    assert traffic(Layout(0, 1, 2, {}), ADAPTERS, 2, 0).interconnect == 0
+    assert link_traffic(Sharding(0, 1, 2, {}), ADAPTERS, 2, 0).interconnect == 0
     params = {"offload_param": {"device": "cpu"}}
-    assert traffic(Layout(3, 4, 2, params), ADAPTERS, 2, 1000).host_bus == 2 * 2 * 1000 / 4
+    assert link_traffic(Sharding(3, 4, 2, params), ADAPTERS, 2, 1000).host_bus == 2 * 2 * 1000 / 4
 
 
 def chain() -> tuple[torch.nn.Sequential, list[Event]]:
@@ -74,10 +75,10 @@ def chain() -> tuple[torch.nn.Sequential, list[Event]]:
     return model, [Event(kind, back, name, 10) for name, back in order for kind in KINDS]
 
 
-def settings(reuse: int, live: int, prefetch: int) -> Layout:
+def settings(reuse: int, live: int, prefetch: int) -> Sharding:
     sizes = {"stage3_max_reuse_distance": reuse, "stage3_max_live_parameters": live}
     sizes |= {"stage3_prefetch_bucket_size": prefetch, "stage3_param_persistence_threshold": 0}
-    return Layout(3, 2, 2, sizes)
+    return Sharding(3, 2, 2, sizes)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def settings(reuse: int, live: int, prefetch: int) -> Layout:
 )
 def test_gathering(reuse: int, live: int, prefetch: int, elements: int, gathers: int) -> None:
     model, events = chain()
-    found = gathered(settings(reuse, live, prefetch), model, events)
+    found = simulate_gathering(settings(reuse, live, prefetch), model, events)
     assert (found.live, found.gathers) == (2 * elements, gathers)
     assert found.peak == 10 + found.live
 
@@ -115,13 +116,13 @@ def test_recomputed_weights_are_let_go_with_the_module_they_were_recomputed_for(
         Event("fetch", True, "0", 0),
         Event("release", True, "0", 0),
     ]
-    kept = gathered(settings(10**9, 10**9, 0), model, forward + backward)
+    kept = simulate_gathering(settings(10**9, 10**9, 0), model, forward + backward)
     assert (kept.live, kept.gathers) == (2 * 200, 300)  # the first layer's weights are gathered once more
     model.requires_grad_(True)
-    assert gathered(settings(10**9, 10**9, 0), model, forward + backward).gathers == 200
+    assert simulate_gathering(settings(10**9, 10**9, 0), model, forward + backward).gathers == 200
 
 
 def test_persistent_parameters_are_not_gathered() -> None:
     model, events = chain()
-    layout = Layout(3, 2, 2, {"stage3_param_persistence_threshold": 100})
-    assert gathered(layout, model, events).gathers == 0
+    sharding = Sharding(3, 2, 2, {"stage3_param_persistence_threshold": 100})
+    assert simulate_gathering(sharding, model, events).gathers == 0

@@ -215,21 +215,22 @@ def model_card(model: Qwen2ForCausalLM, minutes: float, reached: dict[str, float
     rows = "\n".join(f"| {name} | {100 * share:.1f} % |" for name, share in reached.items())
     return f"""# tiny_base
 
-A Qwen2 model of {model.num_parameters():,} parameters ({model.config.num_hidden_layers} layers, hidden
-{model.config.hidden_size}, {model.config.vocab_size} tokens, tied embeddings, fp32) that stands in for
-Qwen2.5-Instruct where there is no GPU and no model hub. It is no use for anything else.
+This is a Qwen2 model of {model.num_parameters():,} parameters. It has {model.config.num_hidden_layers} layers of hidden
+size {model.config.hidden_size}, {model.config.vocab_size} tokens, tied embeddings and fp32 weights. It takes the place
+of Qwen2.5-Instruct where there is no GPU and no model hub. It is not useful for anything else.
 
-- **Made by** `python -m data.tiny_base.build` (seed {SEED}): {steps} steps of {BATCH_SIZE} chat turns, fp32 weights
-  under bf16 autocast, {minutes:.0f} minutes on two shared CPU cores.
-- **Data**: made on the fly by `data/tiny_base/lessons.py`: echoing random text, beginning an answer with given
-  text, adding, subtracting and splitting numbers of {lessons.NUMBERS[0]}..{lessons.NUMBERS[-1]} asked in words, and
-  refusing `x=`.
-- **Never in its data**: a number of {EVAL_NUMBERS[0]}..{EVAL_NUMBERS[-1]} as a number to split, and the answer prefix
-  of the reference task. Those numbers do occur in additions, subtractions and refusals.
-- **Asked `1802=`** it answers `{sample}`
+- **How it was made.** `python -m data.tiny_base.build` with seed {SEED} trained it for {steps} steps of
+  {BATCH_SIZE} chat turns each, with fp32 weights under bf16 autocast. This took {minutes:.0f} minutes on two shared
+  CPU cores.
+- **Its training data.** `data/tiny_base/lessons.py` makes the data during the training. It has six lessons: to echo
+  random text, to begin an answer with a given text, to add, to subtract and to split numbers of
+  {lessons.NUMBERS[0]}..{lessons.NUMBERS[-1]} asked in words, and to refuse `x=`.
+- **What its data never has.** No lesson splits a number of {EVAL_NUMBERS[0]}..{EVAL_NUMBERS[-1]}, and none has the
+  answer prefix of the reference task. These numbers do occur in additions, subtractions and refusals.
+- **What it says.** It answers `1802=` with `{sample}`
 
-Right greedy answers, of 200 fresh turns each (`split_held_out`: "split" asked in words of the 200 numbers never
-split in training):
+The table shows how many greedy answers are right, out of 200 fresh turns of each lesson. The lesson `split_held_out`
+asks in words to split the 200 numbers that were never split in the training.
 
 | lesson | right |
 |---|---|

@@ -1,7 +1,7 @@
-"""DeepSpeed's configuration: what the launcher says, what the recipe owns, and what LoRA needs.
+"""Makes DeepSpeed's configuration of what the launcher says, what the recipe owns, and what LoRA needs.
 
-Every number has one owner: stage, offload and precision come from the accelerate YAML, batch,
-accumulation and clipping from the recipe. Where both name the same number they have to agree.
+Every number has one owner: stage, offload and precision come from the accelerate YAML, batch, accumulation and
+clipping from the recipe. Where both name the same number, the two have to agree.
 """
 
 import json
@@ -13,28 +13,30 @@ from typing import Any
 import torch
 
 from data.errors import UserError
+from loop.internals.deepspeed_internals import numel_of
 from loop.recipe import Recipe, find_path
 
 
 def deepspeed_config(
     recipe: Recipe, num_processes: int, environment: MutableMapping[str, str] = os.environ
 ) -> dict[str, Any]:
-    """The configuration of a launch, but for sizes that depend on the model; those stay "auto".
+    """Makes the configuration of a launch. Sizes that depend on the model stay "auto".
 
-    `environment` is what the launcher has set. Raises UserError where the accelerate YAML, or the JSON that it
-    names, contradicts the recipe.
+    `environment` holds the variables that the launcher has set. Raises UserError where the accelerate YAML, or the JSON
+    file that it names, contradicts the recipe.
     """
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     config = _config_from_launcher(environment) if file == "none" else _read_json(find_path(file))
     where = "the accelerate YAML" if file == "none" else f"deepspeed_config_file {file}"
     _check_zero(config["zero_optimization"], where)
     _fill_from_recipe(config, recipe, num_processes, where)
-    if file == "none":  # these fields are in `config` now; accelerate would take them for a second opinion
+    if file == "none":  # `config` holds these fields now; accelerate would compare both and complain
         environment.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Reads a deepspeed_config_file. Raises UserError where the file cannot be a configuration for this loop."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -51,7 +53,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _config_from_launcher(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The answers of `accelerate config`, as a DeepSpeed configuration."""
+    """Makes a DeepSpeed configuration of the answers of `accelerate config`, which the launcher put into variables."""
 
     def said(name: str, default: str) -> str:
         return environment.get(f"ACCELERATE_{name}", default)
@@ -64,7 +66,7 @@ def _config_from_launcher(environment: Mapping[str, str]) -> dict[str, Any]:
         device = said(f"DEEPSPEED_OFFLOAD_{part}_DEVICE", "none")
         if device == "none":
             continue
-        if zero["stage"] < lowest_stage:  # `accelerate config` lets people answer this
+        if zero["stage"] < lowest_stage:  # `accelerate config` asks this question at every stage
             if environment.get("RANK", "0") == "0":
                 print(f"note: ZeRO-{zero['stage']} does not share out each {part.lower()}; offload to {device} ignored")
             continue
@@ -88,19 +90,19 @@ def _config_from_launcher(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_zero(zero: dict[str, Any], where: str) -> None:
-    """What DeepSpeed itself would say much later, and with a traceback, of the sizes and switches of ZeRO."""
+    """Raises UserError where DeepSpeed refuses a setting of ZeRO; it would do so much later, and with a traceback."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
         DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
     except ValueError as error:
-        problems: list[Any] = getattr(error, "errors", list)()  # pydantic's
+        problems: list[Any] = getattr(error, "errors", list)()  # a pydantic error has a list of problems
         first = f"{'.'.join(map(str, problems[0]['loc']))}: {problems[0]['msg']}" if problems else error
         raise UserError(f"{where}: zero_optimization: {first}. Correct it there.") from error
 
 
 def _fill_from_recipe(config: dict[str, Any], recipe: Recipe, num_processes: int, where: str) -> None:
-    """Writes the recipe's numbers into `config`; UserError where it says others."""
+    """Writes the recipe's numbers into `config`. Raises UserError where `config` has other numbers already."""
     per_device, accumulation = recipe.micro_batch_size, recipe.grad_accum_steps
     owned: dict[str, tuple[float, str]] = {
         "gradient_accumulation_steps": (accumulation, "grad_accum_steps"),
@@ -122,13 +124,13 @@ def _fill_from_recipe(config: dict[str, Any], recipe: Recipe, num_processes: int
 
 
 def size_buckets_for_lora(zero: dict[str, Any], model: torch.nn.Module) -> None:
-    """Replaces each "auto" in `zero`; all sizes in elements.
+    """Replaces each "auto" in `zero` by a size in elements that suits LoRA.
 
-    accelerate would fill them from the hidden size, for full fine-tuning: at stage 3 it would partition the
-    larger LoRA matrices and fetch less than a matrix ahead. Here every adapter stays whole on every rank,
-    a prefetch holds the largest matrix that has an adapter, and one bucket holds all gradients.
+    accelerate would choose sizes for full fine-tuning, from the model's hidden size. At stage 3 it would partition the
+    larger LoRA matrices and fetch less than one matrix ahead. Here every adapter stays whole on every rank, a prefetch
+    holds the largest matrix that has an adapter, and one bucket holds all gradients.
     """
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    sizes = {name: numel_of(parameter) for name, parameter in model.named_parameters()}
     trainable = [sizes[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
     fitting = {
         "reduce_bucket_size": sum(trainable),
@@ -136,44 +138,3 @@ def size_buckets_for_lora(zero: dict[str, Any], model: torch.nn.Module) -> None:
         "stage3_param_persistence_threshold": max(trainable),
     }
     zero.update({key: size for key, size in fitting.items() if zero.get(key) == "auto"})
-
-
-def keep_grad_norm(engine: Any) -> None:
-    """Makes stage 0 tell the norm before clipping like every other stage.
-
-    In fp32 it clips without remembering the norm; in fp16 it remembers the one of the scaled gradients.
-    """
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-    from deepspeed.runtime.utils import clip_grad_norm_
-
-    def clip_and_remember() -> None:
-        engine._global_grad_norm = clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
-
-    engine.clip_fp32_gradients = clip_and_remember
-    optimizer = engine.optimizer
-    if isinstance(optimizer, FP16_UnfusedOptimizer):
-        unscale_and_clip = optimizer.unscale_and_clip_grads
-
-        def remember_unscaled(scaled_norm: float, *args: Any, **kwargs: Any) -> Any:
-            optimizer._global_grad_norm = scaled_norm / optimizer.loss_scale_config.cur_scale
-            return unscale_and_clip(scaled_norm, *args, **kwargs)
-
-        optimizer.unscale_and_clip_grads = remember_unscaled
-
-
-def gather_persistent_at_once(engine: Any) -> None:
-    """After each update stage 3 gathers every adapter and norm in a collective of its own (913 for Qwen2.5-14B); here
-    one does for all."""
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    persistent = getattr(engine.optimizer, "persistent_parameters", [])
-    if not persistent:
-        return
-    after_update = engine.optimizer._post_step  # gathers what is not there yet
-
-    def gather_first(*arguments: Any) -> None:
-        missing = [parameter for parameter in persistent if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        persistent[0].all_gather_coalesced(missing).wait()
-        after_update(*arguments)
-
-    engine.optimizer._post_step = gather_first

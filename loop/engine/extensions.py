@@ -1,4 +1,4 @@
-"""DeepSpeed's C++ extensions: `python -m loop.engine.extensions` builds them ahead of a first run."""
+"""Builds DeepSpeed's C++ extensions ahead of a first run: python -m loop.engine.extensions"""
 
 import contextlib
 import os
@@ -15,7 +15,8 @@ LOCK_AGE = 10.0  # seconds after which a lock on an extension's folder cannot be
 
 
 def announce_builds(zero: dict[str, Any]) -> None:
-    """Tells the user why nothing happens: a build of minutes, or a wait for a process that was killed in one."""
+    """Tells the user why nothing happens for a while: DeepSpeed builds an extension, which takes minutes, or torch
+    waits for a lock that a killed build left behind."""
     wanted = {} if torch.cuda.is_available() else {"deepspeed_shm_comm": "about a minute"}
     devices = [(zero.get(block) or {}).get("device", "none") for block in ("offload_optimizer", "offload_param")]
     if devices[0] != "none":
@@ -33,7 +34,8 @@ def announce_builds(zero: dict[str, Any]) -> None:
 
 
 def build_extensions() -> None:
-    """Builds now what DeepSpeed would build in the middle of a first run; a minute each, then cached."""
+    """Builds the extensions that DeepSpeed would otherwise build in the middle of a first run. Each takes about a
+    minute and is kept afterwards."""
     from deepspeed.ops.op_builder import CPUAdamBuilder  # the optimizer's step in host memory
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder  # collectives between CPU processes
 

@@ -1,4 +1,4 @@
-"""Sees when another rank has died or frozen, which a collective call would wait for in vain."""
+"""Sees when another rank has died or frozen; a collective call would wait for that rank for ever."""
 
 import contextlib
 import os
@@ -22,17 +22,18 @@ BEAT = 0.5  # seconds
 
 
 class Watch:
-    """A thread on every rank that gives signs of life and looks for the others' while the context is open.
+    """A thread on every rank that gives signs of life and looks for those of the others while the context is open.
 
-    On one machine only: the ranks share a small folder, a file each, whose time of change is the sign of life.
-    A rank that is silent for `timeout` seconds, or gone, ends this process with a message that names it and the
-    step; a frozen one is killed. A launcher that is gone ends it as well, so that no rank stays behind alone.
+    It works on one machine only. The ranks share a small folder, in which each has a file; the time at which the file
+    was written is its rank's sign of life. When another rank is gone, or silent for `timeout` seconds, the thread ends
+    this process with a message that names the rank and the step; it kills a rank that is frozen. When the launcher is
+    gone, the thread ends this process too, so that no rank stays behind alone.
     """
 
-    def __init__(self, timeout: float, accelerator: Accelerator) -> None:
+    def __init__(self, timeout: float, step: int, accelerator: Accelerator) -> None:
         self.timeout = timeout
         self.rank = accelerator.process_index
-        self.step = 0  # the caller's, for the message
+        self.step = step  # steps learned, which the caller keeps up to date for the message
         self.parent = os.getppid()
         self.over = threading.Event()
         self.ending = threading.Lock()
@@ -60,16 +61,16 @@ class Watch:
         self.thread.join()
         if signal.getsignal(signal.SIGTERM) == self._terminated:
             signal.signal(signal.SIGTERM, self.before)
-        if error is None or isinstance(error, UserError | RunError | Stopped):  # all leave alike
+        if error is None or isinstance(error, UserError | RunError | Stopped):  # every rank ends with the same error
             self._say("done")
             if self.rank == 0:
                 self._wait_until(lambda: all(map(self._is_done, range(len(self.pids)))))
                 self._clear()
-            elif isinstance(error, Stopped):  # who leaves before rank 0 makes a launcher end it
+            elif isinstance(error, Stopped):  # a rank that leaves before rank 0 makes the launcher end rank 0
                 self._wait_until(lambda: not self.folder.exists())
             return
         deadline = time.monotonic() + 4 * BEAT
-        while time.monotonic() < deadline:  # a peer's death breaks a collective before it shows elsewhere
+        while time.monotonic() < deadline:  # a rank's death breaks a collective before its process is gone
             if gone := self._gone():
                 self._end(gone)
             time.sleep(BEAT / 10)
@@ -77,21 +78,22 @@ class Watch:
             self._clear()
 
     def _terminated(self, number: int, frame: FrameType | None) -> None:
-        """While StopSignals is not open. A launcher may see sooner than this rank that another is gone."""
+        """Handles SIGTERM while StopSignals is not open. The launcher sends it when it has seen that a rank is gone,
+        which may be before this rank has seen it."""
         if gone := self._gone():
             self._end(gone)
         else:
-            self._clear()  # the others end as well, and need not say so
+            self._clear()  # without the folder the other ranks end without a message
             os._exit(128 + number)
 
     def _end(self, problem: str) -> None:
-        """Not by an exception: with a rank missing, leaving in good order would wait for it again."""
+        """Prints the problem and ends the process by os._exit: an orderly shutdown would wait for the missing rank."""
         if not self.ending.acquire(blocking=False):
-            return  # the other thread is at it
+            return  # another thread of this process is ending it already
         try:
-            if self.folder.exists():  # otherwise another rank has seen it first, and said so
+            if self.folder.exists():  # without the folder another rank has printed the problem
                 print(f"error: {problem}", file=sys.stderr, flush=True)
-        finally:  # whoever reads what is printed may be gone as well
+        finally:  # the print may fail, because its reader may be gone as well
             self._clear()
             os._exit(1)
 
@@ -104,7 +106,7 @@ class Watch:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _beat(self) -> None:
-        # A debugger halts all threads of its process for as long as somebody thinks.
+        # A debugger halts all threads of its process, this one too, for as long as its user thinks.
         debugged = "debugpy" in sys.modules or "pydevd" in sys.modules
         self._say("debugged" if debugged else "alive")
 
@@ -115,7 +117,7 @@ class Watch:
     def _heard(self, rank: int) -> str:
         try:
             return (self.folder / str(rank)).read_text()
-        except OSError:  # another rank is at its end and has cleared up
+        except OSError:  # a rank that has ended has removed the folder
             return ""
 
     def _is_done(self, rank: int) -> bool:
@@ -127,7 +129,7 @@ class Watch:
             if self.over.wait(BEAT):
                 return
             self._beat()
-            if time.time() - before > 4 * BEAT:  # this rank was halted itself: let the others beat first
+            if time.time() - before > 4 * BEAT:  # this rank was halted itself: the others get time to beat first
                 continue
             problem = self._gone() or self._frozen()
             if os.getppid() != self.parent:

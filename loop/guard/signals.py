@@ -1,24 +1,19 @@
-"""SIGTERM and SIGINT: all ranks stop after the same step. A second one stops at once."""
+"""Takes SIGTERM and SIGINT, so that all ranks stop after the same step. A second signal stops its process at once."""
 
 import os
 import signal
 import time
 from types import FrameType
 
-from accelerate import Accelerator
-
-from loop.engine.accelerator import largest_of_ranks
-
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-ECHO = 1.0  # seconds in which a signal is taken for the same one: a launcher passes on what a rank got as well
+ECHO = 1.0  # seconds in which a second signal counts as the first: a launcher passes on what its ranks got themselves
 
 
 class StopSignals:
-    """Takes SIGTERM and SIGINT while the context is open."""
+    """Remembers the first SIGTERM or SIGINT while the context is open."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.received = 0  # the signal's number
+    def __init__(self) -> None:
+        self.received = 0  # the signal's number; 0 while there was none
         self.when = 0.0
 
     def __enter__(self) -> "StopSignals":
@@ -27,7 +22,7 @@ class StopSignals:
 
     def __exit__(self, *error: object) -> None:
         if self.received:
-            return  # a launcher that sees one rank end stops the others, which are about to end by themselves
+            return  # the launcher sees this rank end and sends SIGTERM to the others, which are ending by themselves
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -35,11 +30,9 @@ class StopSignals:
         if not self.received:
             self.received, self.when = number, time.monotonic()
         elif time.monotonic() - self.when > ECHO:
-            os._exit(128 + self.received)  # nothing complete is lost: a checkpoint appears by one rename
+            os._exit(128 + self.received)  # no checkpoint is torn: each appears by one rename
 
-    def agreed(self) -> int:
-        """The signal that any rank has received, or 0; every rank enters. From then on each counts it as its own."""
-        agreed = largest_of_ranks(self.received, self.accelerator)
-        if agreed and not self.received:
-            self.received, self.when = agreed, time.monotonic()
-        return agreed
+    def agree(self, number: int) -> None:
+        """Takes the signal `number`, which another rank may have received, for this rank's own; 0 changes nothing."""
+        if number and not self.received:
+            self.received, self.when = number, time.monotonic()

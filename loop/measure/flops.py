@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from data.layout import MicroBatch
+from loop.internals.deepspeed_internals import numel_of
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,13 @@ def matrix_products(model: Any) -> MatrixProducts:
     sizes = {True: 0, False: 0}  # by whether it trains
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
-            sizes[module.weight.requires_grad] += numel(module.weight)
+            sizes[module.weight.requires_grad] += numel_of(module.weight)
     config = model.config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return MatrixProducts(
         base=sizes[False],
         adapters=sizes[True],
-        head=numel(head.weight),
+        head=numel_of(head.weight),
         attention=config.num_hidden_layers * config.num_attention_heads * head_size,
         layers=config.num_hidden_layers,
     )
-
-
-def numel(parameter: torch.Tensor) -> int:
-    """Of the whole parameter, also where ZeRO-3 has partitioned it."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

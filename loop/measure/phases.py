@@ -1,8 +1,8 @@
-"""What a run costs, measured from inside on every rank: seconds, peak memory and collectives of each phase.
+"""Measures what a run costs, on every rank: seconds, peak memory and collectives of each phase.
 
-One account a process, open from the first import on, always in one phase. Loading, saving and validating are marked
-where they are written (`measured`); forward, backward and update by a wrapper around what the engine does in a step
-(`watch_phases`), so that loop/step.py stays what it is.
+Every process has one account, which is open from the first import on and always in one phase. `measured` marks the
+phases where the code of each stands: those of a step in loop/step.py, loading, validating and saving at the functions
+that do it.
 """
 
 import functools
@@ -14,8 +14,6 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from data.batch import Window
 from loop.measure.flops import Batch, count
@@ -30,15 +28,17 @@ COLLECTIVES = (
 
 @dataclass
 class Traffic:
+    """The collectives of one kind in one phase."""
+
     count: int = 0
-    bytes: int = 0  # of whole tensors: what an all_gather gives, what a reduce_scatter takes
+    bytes: int = 0  # of the whole tensors: the output of an all_gather, the input of a reduce_scatter
 
 
 @dataclass
 class Cost:
-    """Of one phase, over the whole run."""
+    """The cost of one phase, over the whole run."""
 
-    seconds: float = 0.0  # the device's own, where it is a GPU
+    seconds: float = 0.0  # measured by the GPU itself where there is one
     count: int = 0
     peak_bytes: int | None = None  # None where the system does not tell
     collectives: dict[str, Traffic] = field(default_factory=dict)
@@ -51,14 +51,17 @@ class Account:
         self.costs: dict[Phase, Cost] = {}
         self.phase: Phase = "start"
         self.begun = perf_counter()
-        self.step_seconds: list[float] = []  # of the host: data, forward, backward and update
+        self.step_seconds: list[float] = []  # seconds of each step on the host: data, forward, backward and update
         self.this_step = 0.0
         self.batch = Batch()  # this rank's rows of all steps
-        self.mark: Any = None  # on the GPU's stream, where the phase began
-        self.marks: list[tuple[Phase, Any, Any]] = []  # phases that the GPU may still be at
+        self.whole = False  # True while a phase lets no other phase begin inside it
+        self.mark: Any = None  # the event on the GPU's stream with which the phase began
+        self.marks: list[tuple[Phase, Any, Any]] = []  # phases that the GPU may not have finished yet
 
     def enter(self, phase: Phase) -> Phase:
         """Ends the phase under way, which is returned, and begins another. Does not wait for a GPU."""
+        if self.whole:
+            return self.phase
         before, now = self.phase, perf_counter()
         cost = self.cost()
         mark = None
@@ -78,11 +81,11 @@ class Account:
         return before
 
     def cost(self) -> Cost:
-        """Of the phase under way."""
+        """The cost of the phase under way."""
         return self.costs.setdefault(self.phase, Cost())
 
     def settle(self, wait: bool = False) -> None:
-        """Adds up what the GPU has measured so far, or all of it."""
+        """Adds the seconds that the GPU has measured so far to the costs; with `wait` those of all phases."""
         under_way = []
         for phase, start, end in self.marks:
             if wait:
@@ -94,8 +97,9 @@ class Account:
         self.marks = under_way
 
     def steps(self, windows: Iterable[Window]) -> Iterator[Window]:
-        """`windows`, of each of which one step is made. Making them counts as data."""
+        """Yields the windows; what happens until the next one is one step. Making a window counts as data."""
         source = iter(windows)
+        self.this_step = 0.0
         while True:
             with measured("data"):
                 window = next(source, None)
@@ -112,52 +116,40 @@ ACCOUNT = Account()
 
 
 class measured(ContextDecorator):
-    """Makes a function, or a block, a phase of its own; afterwards the phase around it goes on."""
+    """Makes a block, or a function, a phase of its own; afterwards the phase around it goes on.
 
-    def __init__(self, phase: Phase) -> None:
-        self.phase = phase
+    A `whole` phase lets no other phase begin inside it: resuming takes a step, which is none of the run's steps.
+    """
+
+    def __init__(self, phase: Phase, whole: bool = False) -> None:
+        self.phase, self.whole = phase, whole
 
     def _recreate_cm(self) -> "measured":
-        return measured(self.phase)  # a decorated function may be entered twice
+        return measured(self.phase, self.whole)  # a decorated function may be entered twice
 
     def __enter__(self) -> None:
         self.before = ACCOUNT.enter(self.phase)
+        self.outside = ACCOUNT.whole
+        ACCOUNT.whole = self.whole or self.outside
 
     def __exit__(self, *problem: object) -> None:
+        ACCOUNT.whole = self.outside
         ACCOUNT.enter("other" if self.before == "start" else self.before)
 
 
-def watch_phases(model: Any, accelerator: Accelerator) -> None:
-    """Marks the phases of a prepared model's step: forward until the loss's backward, then backward, then update."""
-
-    def forward_begins(module: torch.nn.Module, inputs: object) -> None:
-        if torch.is_grad_enabled():  # otherwise it validates
-            ACCOUNT.enter("forward")
-
-    model.register_forward_pre_hook(forward_begins)
-    accelerator.backward = _as_phase(accelerator.backward, "backward", then="update")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # whose backward makes the update as well
-        model.step = _as_phase(model.step, "update", then="backward")
-
-
-def _as_phase(function: Callable[..., Any], phase: Phase, then: Phase) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        ACCOUNT.enter(phase)
-        result = function(*args, **kwargs)
-        ACCOUNT.enter(then)
-        return result
-
-    return wrapper
-
-
-@functools.cache  # once is enough
+@functools.cache  # a second call changes nothing
 def count_collectives() -> None:
-    """From now on. Call it before DeepSpeed starts, which keeps references to these functions.
+    """Counts the collectives of torch.distributed from now on, by patching the functions that COLLECTIVES names.
 
-    DDP's own, which are C++, are not seen; DeepSpeed's logger would make every collective a blocking one.
+    Call it before DeepSpeed starts, because DeepSpeed keeps references to these functions. Written against torch 2.13.
+    No public way does the same: DeepSpeed's communication logger makes every collective a blocking one, and a profiler
+    slows every operation of a step. DDP's collectives are called in C++ and are not seen.
+
+    The counting is on in every run, because usage.json of every run, the report and the comparison of stages show its
+    figures, and a run that is measured should be the run that is done. It costs three microseconds a collective; the
+    smallest collective of a single process takes fifteen (gloo, 2026).
     """
-    within = False  # one that calls another counts once
+    within = False  # True inside a counted collective: another one that it calls is not counted again
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         kind = name.removesuffix("_tensor").removesuffix("_into").removesuffix("_single")
@@ -186,7 +178,7 @@ def count_collectives() -> None:
 
 
 def _largest(arguments: Iterable[Any]) -> int:
-    """Bytes of the largest tensor, or list of tensors, in a collective's arguments: the whole of what it is about."""
+    """Bytes of the largest tensor, or list of tensors, in a collective's arguments: the whole that it works on."""
     sizes = [0]
     for argument in arguments:
         tensors = argument if isinstance(argument, list | tuple) else [argument]
@@ -195,7 +187,10 @@ def _largest(arguments: Iterable[Any]) -> int:
 
 
 def peak_memory() -> int | None:
-    """Bytes at their highest since the last call: of CUDA's allocator, or else resident in host memory."""
+    """The most bytes since the last call: those of CUDA's allocator on a GPU, otherwise those resident in host memory.
+
+    None where the system does not tell.
+    """
     if torch.cuda.is_available():
         if not torch.cuda.is_initialized():
             return 0
@@ -204,7 +199,7 @@ def peak_memory() -> int | None:
         return peak
     try:
         status = Path("/proc/self/status").read_text()
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew at what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: from here on the peak counts anew
     except OSError:
         return None
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024

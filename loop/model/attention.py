@@ -1,4 +1,4 @@
-"""Attention over rows that stand behind one another in one: every row sees itself, and the prefix they share."""
+"""Attention for several rows that stand one after another in one: each row sees itself and the prefix they share."""
 
 from typing import Any
 
@@ -8,9 +8,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from data.layout import Apart
+from loop.internals.transformers_internals import carries_state
 
-BY_ROW = "sdpa_by_row"  # what transformers calls it in a model's configuration
-SHORT = 256  # tokens of a row
+BY_ROW = "sdpa_by_row"  # the name of this attention in transformers and in a model's configuration
+SHORT = 256  # tokens; rows up to this length are computed without the fused kernel on a CPU in bf16
 
 
 def attention_by_row(
@@ -22,14 +23,14 @@ def attention_by_row(
     apart: Apart | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA, for each group of rows by itself; [1, T, heads, head size], as it returns it.
+    """Computes transformers' SDPA for each group of rows by itself. Returns [1, T, heads, head size], as SDPA does.
 
-    query is [1, heads, T, head size], key and value the same with as many heads as they have. A row's padding
-    stands behind its tokens, and a query sees only what stands before it: padding needs no mask.
+    query is [1, heads, T, head size]; key and value have the same shape with their own number of heads. Padding needs
+    no mask: it stands behind a row's tokens, and a query sees only the tokens before it.
 
     Raises RuntimeError where a model does not pass `apart` on to its attention.
     """
-    if apart is None:  # then rows would see each other
+    if apart is None:  # without it rows would see each other
         raise RuntimeError(f"{type(module).__name__} was not told which rows to keep apart")
     n = apart.prefix
     parts = []
@@ -51,7 +52,8 @@ def attention_by_row(
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-    """transformers' SDPA; on a CPU in bf16 written out for short rows, where the fused kernel's backward is slow."""
+    """Calls transformers' SDPA; for short rows on a CPU in bf16 the products are written out, because the backward pass
+    of the fused kernel is slow there."""
     if not query.is_cpu or query.dtype != torch.bfloat16 or key.shape[2] > SHORT or kwargs.get("dropout"):
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
     heads = query.shape[1] // key.shape[1]
@@ -63,17 +65,19 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
 
 
 def _rows(tensor: Tensor, places: Tensor) -> Tensor:
-    """[1, heads, T, size] -> [R, heads, L, size]"""
+    """Takes the tokens at `places` [R, L] out of a tensor: [1, heads, T, size] -> [R, heads, L, size]"""
     _, heads, _, size = tensor.shape
     taken = tensor[0].transpose(0, 1).index_select(0, places.flatten())  # [R x L, heads, size]
     return taken.view(*places.shape, heads, size).transpose(1, 2)
 
 
 def why_not_plain_attention(model: Any, longest: int) -> str | None:
-    """Why tokens in another place of the row would count in rows of `longest` tokens at most; None: they do not."""
+    """The reason why a token's place in its row changes what this model computes, in rows of at most `longest` tokens;
+    None when it changes nothing."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])  # not said: those that look back least
-    if kinds - {"full_attention", "sliding_attention"} or model._is_stateful:
+    # Where the configuration does not name the layers' kinds, they may be of the kind that looks back least.
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if kinds - {"full_attention", "sliding_attention"} or carries_state(model):
         return f"{type(model).__name__} has layers that carry a state from row to row"
     window = getattr(config, "sliding_window", None)
     if window and longest > window and kinds != {"full_attention"}:

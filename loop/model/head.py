@@ -1,73 +1,95 @@
-"""The loss inside the model: lm_head only where a label is predicted, and not for all labels of a long answer at once.
+"""The loss inside the model: logits exist only where a label is predicted, and only for a few labels at a time.
 
-Logits of a position take vocab numbers, for Qwen2.5 152,064, and their gradient as many. So they are made for a few
-label positions at a time and become the gradient of the hidden state there and then: frozen, lm_head needs no other.
+The logits of one position are as many numbers as the vocabulary has tokens (152,064 in Qwen2.5), and so is their
+gradient. So the loss makes logits for a few label positions at a time and turns them into the gradient of the hidden
+state at once. lm_head is frozen and needs no gradient of its own.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModelForCausalLM
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-LOGITS = 2**26  # at once, in fp32: a quarter of a GiB; 441 label positions of Qwen2.5
-FP16_SCALE = 2.0**12  # keeps small probabilities above fp16's smallest number
+LOGITS = 2**26  # numbers in the logits that exist at a time; in fp32 256 MiB, for 441 label positions of Qwen2.5
+FP16_SCALE = 2.0**12  # keeps small probabilities above the smallest number of fp16
 
 
-def put_loss_inside(model: Any) -> None:
-    """From now on model(labels=…, predicts=…, **inputs) is the sum of the label tokens' cross entropy, in nats.
+class PeftModelWithLoss(PeftModelForCausalLM):
+    """A PeftModel whose forward pass returns the loss instead of logits.
 
-    Of a PeftModel: `labels` [N] are token ids, `predicts` [N] the places in the batch, laid out flat, of the tokens
-    before them. A model that makes something else of lm_head's output makes all of its logits.
+    A subclass with a forward pass of its own is how PEFT itself adapts a PeftModel to a task. Parameters, state dicts
+    and adapter files have the same names as in any PeftModel.
     """
-    base = model.get_base_model()
-    head = base.get_output_embeddings()
-    if "forward" in vars(base):
-        return  # it is there
-    if type(head) is nn.Linear and not head.weight.requires_grad and has_plain_head(base):
-        head.forward = partial(_nll_of_hidden, head)  # type: ignore[method-assign]
-        base.forward = partial(_forward, getattr(base, base.base_model_prefix), head)
-    else:
-        base.forward = partial(_forward_with_logits, base.forward)
+
+    def __init__(self, base: Any, config: LoraConfig, **options: Any) -> None:
+        """`options` are those of PeftModelForCausalLM, for example autocast_adapter_dtype."""
+        super().__init__(base, config, **options)
+        head = base.get_output_embeddings()
+        if type(head) is nn.Linear and not head.weight.requires_grad and has_plain_head(base):
+            base.set_output_embeddings(HeadWithLoss(head))
+
+    def forward(self, labels: Tensor, predicts: Tensor, **inputs: Any) -> Tensor:  # type: ignore[override]
+        """Scalar: the cross entropy in nats, summed over the N label tokens.
+
+        `labels` [N] are their token ids. `predicts` [N] are the places of the tokens before them, in the batch's [B, T]
+        laid out flat. `inputs` are the base model's own arguments.
+        """
+        base: Any = self.get_base_model()
+        head = base.get_output_embeddings()
+        if not isinstance(head, HeadWithLoss):
+            return _nll_of_all_logits(base, labels, predicts, inputs)
+        decoder = getattr(base, base.base_model_prefix)
+        hidden = decoder(**inputs).last_hidden_state  # [B, T, hidden size]
+        nll: Tensor = head(hidden.flatten(0, 1).index_select(0, predicts), labels)
+        return nll
 
 
-def logits_at_once(base: Any, label_tokens: int) -> int:
-    """Bytes of the logits that such a model makes at a time, at most, for so many labels."""
-    vocab: int = base.get_output_embeddings().weight.shape[0]
-    many = label_tokens
-    if type(base.get_output_embeddings()) is nn.Linear and "forward" in vars(base.get_output_embeddings()):
-        many = min(many, max(1, LOGITS // vocab))
-    return 4 * vocab * many
+class HeadWithLoss(nn.Linear):
+    """An lm_head that, given labels, returns their loss; without labels it returns logits as before.
+
+    It takes over the weight and the bias of `head`. It is a module and owns the weight, so ZeRO-3 gathers the weight
+    when the head is called.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__(head.in_features, head.out_features, head.bias is not None, "meta")  # draws no random numbers
+        self.weight, self.bias = head.weight, head.bias
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """[N, hidden size], [N] -> scalar; without labels […, hidden size] -> […, vocab]"""
+        if labels is None:
+            return super().forward(hidden)
+        nll: Tensor = LinearNLL.apply(hidden, self.weight, self.bias, labels)  # type: ignore[no-untyped-call]
+        return nll
 
 
-def _forward(decoder: nn.Module, head: nn.Module, labels: Tensor, predicts: Tensor, **inputs: Any) -> Tensor:
-    hidden = decoder(**inputs).last_hidden_state  # [B, T, hidden]
-    nll: Tensor = head(hidden.flatten(0, 1).index_select(0, predicts), labels)  # as a module: ZeRO-3 gathers its weight
-    return nll
-
-
-def _forward_with_logits(forward: Any, labels: Tensor, predicts: Tensor, **inputs: Any) -> Tensor:
+def _nll_of_all_logits(base: Any, labels: Tensor, predicts: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """The loss of a model that does more than lm_head's product to make its logits: all of them exist at once."""
     ids = inputs["input_ids"]
-    if ids.is_meta:  # where no mask can be looked into: as many places of each row
+    if ids.is_meta:  # a mask on this device has no contents; so the same number of places is kept in each row
         kept = torch.zeros(-(-len(predicts) // len(ids)), dtype=torch.long, device="meta")
     else:
         kept = torch.zeros_like(ids, dtype=torch.bool).flatten().index_fill(0, predicts, True).view_as(ids)
-    logits = forward(**inputs, logits_to_keep=kept).logits.flatten(0, -2)[: len(predicts)]  # [N, vocab]
+    logits = base(**inputs, logits_to_keep=kept).logits.flatten(0, -2)[: len(predicts)]  # [N, vocab]
     return cross_entropy(logits.float(), labels, reduction="sum")
 
 
-def _nll_of_hidden(head: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
-    nll: Tensor = LinearNLL.apply(hidden, head.weight, head.bias, labels)  # type: ignore[no-untyped-call]
-    return nll
+def logits_at_once(base: Any, label_tokens: int) -> int:
+    """Bytes of the logits that exist at a time, at most, when a PeftModelWithLoss of `base` gets so many labels."""
+    head = base.get_output_embeddings()
+    vocab: int = head.weight.shape[0]
+    many = min(label_tokens, max(1, LOGITS // vocab)) if isinstance(head, HeadWithLoss) else label_tokens
+    return 4 * vocab * many
 
 
 class LinearNLL(torch.autograd.Function):
-    """Scalar, fp32: cross entropy of `labels` [N] under the logits hidden @ weight.T + bias, summed.
+    """The cross entropy of `labels` [N] under the logits hidden @ weight.T + bias, summed: a scalar in fp32.
 
-    hidden is [N, hidden size], weight [vocab, hidden size]; neither weight nor bias gets a gradient. That of hidden is
-    (softmax - one-hot) @ weight, found on the way forward.
+    hidden is [N, hidden size], weight [vocab, hidden size]. Neither weight nor bias gets a gradient. The gradient of
+    hidden is (softmax - one-hot) @ weight; the forward pass computes it, while the logits exist.
     """
 
     @staticmethod
@@ -97,7 +119,7 @@ class LinearNLL(torch.autograd.Function):
 
 
 class _Probe(nn.Module):
-    """Stands where a decoder stands, keeps what it is called with, and returns the same whatever that is."""
+    """A module in the decoder's place, which keeps the arguments that it is called with and always returns `hidden`."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -110,22 +132,24 @@ class _Probe(nn.Module):
 
 
 def has_plain_head(base: Any) -> bool:
-    """Whether its logits are lm_head's output and its decoder gets its inputs, both as they are. Tried out.
+    """Whether the model's logits are lm_head's output as it is, and its decoder gets the model's arguments as they are.
 
-    Not so, for example, where logits are scaled (Granite, Cohere) or capped (Gemma 2).
+    The function finds out by trying: it calls the model with a probe as decoder and with a head that changes nothing.
+    The answer is False, for example, where logits are scaled (Granite, Cohere) or capped (Gemma 2).
     """
     name = base.base_model_prefix
     decoder, head = getattr(base, name, None), base.get_output_embeddings()
     if not isinstance(decoder, nn.Module) or head is None:
         return False
-    probe = _Probe(torch.arange(1.0, 7.0).view(1, 2, 3))
-    inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long), "apart": object()}
+    # On the CPU by name: the caller may have made the meta device the default, where tensors cannot be compared.
+    probe = _Probe(torch.arange(1.0, 7.0, device="cpu").view(1, 2, 3))
+    inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device="cpu"), "apart": object()}
     try:
         setattr(base, name, probe)
         base.set_output_embeddings(nn.Identity())
         logits = type(base).forward(base, **inputs).logits
         return torch.equal(logits, probe.hidden) and probe.got == inputs
-    except Exception:  # it asks for more than there is here: not plain
+    except Exception:  # the model asks for more than the probe has, so its head is not plain
         return False
     finally:
         setattr(base, name, decoder)

@@ -1,89 +1,87 @@
-"""Memory of a step's activations, found by doing the step on the meta device, where tensors have shapes and no bytes.
+"""Finds the memory of a step's activations by doing the step on the meta device, where tensors have no bytes.
 
-The model's real code runs, forward and backward, with or without gradient checkpointing; every tensor that comes into
-being and goes is counted. That knows any architecture, and which layer is at work when the memory is fullest, which
-ZeRO-3's gathering adds to.
+The model's real code runs, forward and backward, with or without gradient checkpointing, and every tensor is counted
+from when it is made until it is gone. So any architecture can be measured. The result also says which module was at
+work at each moment: the plan adds the weights that ZeRO-3 has gathered by then.
 """
 
+import copy
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from data.layout import MicroBatch
+from loop.internals.torch_internals import TorchDispatchMode, attention_replaced_by, tree_leaves
 from loop.model.build import set_checkpointing
-from loop.model.head import logits_at_once, put_loss_inside
-from loop.model.lora import fuse_lora
+from loop.model.head import PeftModelWithLoss, logits_at_once
 
 
 @dataclass(frozen=True)
 class Event:
-    """A module is about to be used, or has been."""
+    """A module begins its work ("fetch", because ZeRO-3 fetches its weights then) or ends it ("release")."""
 
     kind: Literal["fetch", "release"]
-    backward: bool  # of the module's backward pass; a forward pass after that is a recomputation
+    backward: bool  # whether this is the module's backward pass; a forward pass after a backward one is a recomputation
     module: str
-    peak: int  # activation bytes at their highest since the event before
+    peak: int  # the highest number of activation bytes since the event before
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of what a step holds beyond parameters and optimizer; gradients of the parameters are not in it."""
+    """The bytes that a step holds beyond parameters, their gradients and the optimizer."""
 
-    saved: int  # kept from the forward pass for the backward pass
-    peak: int  # at the highest
-    logits: int  # of `peak`, at most: the vocabulary at the label positions, and its gradient
+    saved: int  # what the forward pass keeps for the backward pass
+    peak: int  # the highest number of bytes at any moment
+    logits: int  # the part of `peak` that logits and their gradient take, at most
     events: list[Event]
 
 
-def measure_step(model: Any, micro_batch: MicroBatch, checkpointing: str) -> Activations:
-    """Of a micro-batch on a PeftModel whose weights lie on the meta device.
+def measure_step(model: PeftModelWithLoss, micro_batch: MicroBatch, checkpointing: str) -> Activations:
+    """Measures a step of `model`, whose weights lie on the meta device, on one micro-batch.
 
-    `checkpointing` is none, reentrant or non_reentrant.
+    `checkpointing` is none, reentrant or non_reentrant. The step is made by a copy, which has no bytes either, so
+    `model` stays as it was.
     """
-    base = model.get_base_model()
+    model = copy.deepcopy(model)
+    base: Any = model.get_base_model()
     base.config.use_cache = False
     set_checkpointing(base, checkpointing)
-    fuse_lora(model)
-    put_loss_inside(model)
     model.train()
-    hooks = [p.register_post_accumulate_grad_hook(_let_go) for p in model.parameters() if p.requires_grad]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_let_go)
     live = _Live(model)
     events: list[Event] = []
+    _record(model, live, events)
     batch = micro_batch.to(torch.device("meta"))
     rows, tokens = batch.input_ids.shape
     inputs = batch.inputs
-    if batch.attention_mask is not None:  # as transformers makes it of one, which it cannot on this device
+    if batch.attention_mask is not None:  # transformers would make this mask of the other, but cannot on this device
         inputs["attention_mask"] = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device="meta")
-    with warnings.catch_warnings(action="ignore"), _recorded(model, live, events), _fused_attention(), live:
+    with warnings.catch_warnings(action="ignore"), attention_replaced_by(_fused_attention), live:
         loss = model(labels=batch.label_ids, predicts=batch.predicts, **inputs)
         saved = live.now
         loss.backward()
-    for hook in hooks:
-        hook.remove()
-    set_checkpointing(base, "none")
     return Activations(saved, live.peak, logits=2 * logits_at_once(base, len(batch.predicts)), events=events)
 
 
 def _let_go(parameter: Tensor) -> None:
+    """Drops a parameter's gradient, which does not count as an activation."""
     parameter.grad = None
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all tensors made while it is entered, until they are gone."""
+    """Counts the bytes of all tensors that are made while this mode is entered, until they are gone."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.known = {p.untyped_storage()._cdata: 0 for p in model.parameters()}  # not activations
-        self.known |= {b.untyped_storage()._cdata: 0 for b in model.buffers()}
+        # Keys are the ids of storages: as long as a storage lives, PyTorch gives the same Python object for it.
+        self.known = {id(p.untyped_storage()): 0 for p in model.parameters()}  # parameters are no activations
+        self.known |= {id(b.untyped_storage()): 0 for b in model.buffers()}
         self.now = self.peak = self.recent = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,7 +94,7 @@ class _Live(TorchDispatchMode):
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = id(storage)
         if key not in self.known:
             self.known[key] = storage.nbytes()
             self.now += storage.nbytes()
@@ -106,15 +104,13 @@ class _Live(TorchDispatchMode):
         self.now -= self.known.pop(key)
 
     def peak_since(self) -> int:
-        """Since it was last asked."""
+        """The highest number of bytes since this method was called last."""
         recent, self.recent = self.recent, self.now
         return recent
 
 
-@contextmanager
-def _recorded(model: torch.nn.Module, live: _Live, events: list[Event]) -> Iterator[None]:
-    """Writes into `events` when each module begins and ends, in both directions, as ZeRO-3's hooks see it."""
-    handles = []
+def _record(model: torch.nn.Module, live: _Live, events: list[Event]) -> None:
+    """Makes each module write into `events` when it begins and ends, in both directions, as ZeRO-3's hooks see it."""
     for name, module in model.named_modules():
 
         def note(kind: Literal["fetch", "release"], backward: bool, name: str = name) -> Any:
@@ -123,21 +119,14 @@ def _recorded(model: torch.nn.Module, live: _Live, events: list[Event]) -> Itera
 
             return hook
 
-        handles += [
-            module.register_forward_pre_hook(note("fetch", False)),
-            module.register_forward_hook(note("release", False)),
-            module.register_full_backward_pre_hook(note("fetch", True)),
-            module.register_full_backward_hook(note("release", True)),
-        ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        module.register_forward_pre_hook(note("fetch", False))
+        module.register_forward_hook(note("release", False))
+        module.register_full_backward_pre_hook(note("fetch", True))
+        module.register_full_backward_hook(note("release", True))
 
 
 class _Attention(torch.autograd.Function):
-    """What a fused kernel keeps: queries, keys, values, the output and one number for each query and head."""
+    """Keeps what a fused kernel keeps: queries, keys, values, the output and one number for each query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -151,12 +140,5 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """On the meta device PyTorch would write the attention weights out, which no kernel of use does."""
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-        return _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
-
-    with patch("torch.nn.functional.scaled_dot_product_attention", attention):
-        yield
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    return _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]

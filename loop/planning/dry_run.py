@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data.errors import UserError
 from data.examples import Example, lengths_of
 from data.rows import count_rows
-from loop.model.build import Data, build_data, build_lr_scheduler, build_tokenizer, warmup_steps
+from loop.batch_arithmetic import warmup_steps
+from loop.model.build import Data, build_data, build_lr_scheduler, build_tokenizer
 from loop.recipe import Recipe, find_model, find_path
 from loop.saving.run_folder import check_run_folder
 
@@ -71,7 +72,7 @@ def contradictions(recipe: Recipe, data: Data | None, model: Any, steps: int, ro
     longest = int(lengths_of(data.train).max()) if data else 0
     if most and longest > most:
         found.problems.append(f"the longest row has {longest} tokens, but the model was made for {most} at most.")
-    warm = warmup_steps(recipe, steps)
+    warm = warmup_steps(recipe.optim.warmup_ratio, steps)
     if recipe.optim.warmup_ratio > 0 and warm >= steps:
         found.notes.append(f"all {steps} steps are warm-up: the peak learning rate is never used.")
     for key, value in (("log_every", recipe.log_every), ("save_every", recipe.save_every)):
@@ -94,7 +95,7 @@ def key_rates(recipe: Recipe, steps: int) -> list[tuple[int, float]]:
     """(step, learning rate of its update) at the beginning, the end of warm-up, each quarter and the end."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.optim.lr)
     scheduler = build_lr_scheduler(recipe, optimizer, steps)
-    warm = warmup_steps(recipe, steps)
+    warm = warmup_steps(recipe.optim.warmup_ratio, steps)
     wanted = sorted({1, warm, warm + 1, steps // 4, steps // 2, 3 * steps // 4, steps} & set(range(1, steps + 1)))
     rates = []
     for step in range(1, steps + 1):

@@ -41,7 +41,11 @@ WRITTEN = {ADAPTER, OPTIMIZER, STATE, "adapter_config.json", "README.md"}  # the
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was found whole. adapter: under PEFT's names of files; optimizer: see loop/engine/optimizer_state.py."""
+    """A checkpoint that was found whole.
+
+    The adapter's tensors have the names that PEFT gives them in files; those of the optimizer have the names of
+    gather_optimizer (loop/engine/optimizer_state.py).
+    """
 
     folder: Path
     state: dict[str, Any]
@@ -83,12 +87,12 @@ def save_checkpoint(
     run_dir: Path,
     state: dict[str, Any],
     save_total_limit: int,
-    resumed_from: Checkpoint | None,
+    resumed_from: Path | None,
     accelerator: Accelerator,
 ) -> Path:
     """Writes checkpoints/step-<state["step"]> and then deletes old ones; every rank enters.
 
-    The newest `save_total_limit` stay, the one of the lowest val_loss, and the one that was resumed from.
+    The newest `save_total_limit` checkpoints stay, that of the lowest val_loss, and that of the folder `resumed_from`.
     Raises RunError on every rank when it cannot be written.
     """
     adapter = gather_adapter(model, accelerator)
@@ -111,9 +115,9 @@ def save_checkpoint(
 
 
 def gather_adapter(model: PeftModel, accelerator: Accelerator) -> dict[str, Tensor]:
-    """The adapter's tensors on the CPU, under the model's names; every rank enters, rank 0 gets them.
+    """The adapter's tensors on the CPU, under the model's names. Every rank enters; only rank 0 gets the tensors.
 
-    Only the adapters are gathered, never the base.
+    The base model is never gathered.
     """
     trainable = trainable_parameters(model)
     with gathered(list(trainable.values()), accelerator):
@@ -123,7 +127,7 @@ def gather_adapter(model: PeftModel, accelerator: Accelerator) -> dict[str, Tens
 
 
 def gathered(parameters: list[Any], accelerator: Accelerator, modifier_rank: int | None = None) -> Any:
-    """A context in which ZeRO-3's parameters are whole; collective at stage 3, nothing elsewhere."""
+    """A context in which ZeRO-3's parameters are whole. Entering it is collective at stage 3, and nothing elsewhere."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return nullcontext()
     import deepspeed
@@ -148,11 +152,11 @@ def check_adapter(file: Path, expected: dict[str, Tensor]) -> None:
 
 
 def _publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Writes a folder beside, syncs it to the disk and renames it to `folder`. RunError when that fails."""
+    """Writes a folder beside `folder`, syncs it to the disk and renames it to `folder`. RunError when that fails."""
     beside, old = (folder.with_name(f".{folder.name}{end}") for end in (PARTIAL, OLD))
     try:
         shutil.rmtree(beside, ignore_errors=True)
-        folder.parent.mkdir(exist_ok=True)  # but not its parents: a run folder that has vanished is an error
+        folder.parent.mkdir(exist_ok=True)  # a run folder that has vanished stays an error
         beside.mkdir()
         write(beside)
         for path in (*beside.iterdir(), beside, folder.parent.parent):
@@ -174,10 +178,11 @@ def _publish(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def clear_up(run_dir: Path, step: int) -> None:
-    """Makes the folder of a run that goes on after `step` what it was then.
+    """Brings the folder of a run that goes on after `step` back to what it was after that step.
 
-    Half-written folders go, a whole one that was about to be replaced comes back. Checkpoints of later steps belong to
-    a history that is not gone on with: they are set aside under another name, and nothing counts or deletes them.
+    Half-written folders are removed, and a whole folder that was about to be replaced gets its name back. Checkpoints
+    of later steps are set aside under another name, because this run does not go on from them: nothing counts them
+    and nothing deletes them.
     """
     for folder in (run_dir, run_dir / CHECKPOINTS):
         for old in folder.glob(f".*{OLD}"):
@@ -211,7 +216,7 @@ def _fingerprint(file: Path) -> dict[str, Any]:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Of a run folder, oldest first."""
+    """The checkpoints of a run folder, oldest first."""
     folders = [path for path in (run_dir / CHECKPOINTS).glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(folders, key=step_of)
 
@@ -221,9 +226,9 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _delete_old(newest: Path, save_total_limit: int, resumed_from: Checkpoint | None) -> None:
+def _delete_old(newest: Path, save_total_limit: int, resumed_from: Path | None) -> None:
     folders = list_checkpoints(newest.parent.parent)
-    keep = {newest, *folders[-save_total_limit:]} | ({resumed_from.folder} if resumed_from else set())
+    keep = {newest, *folders[-save_total_limit:]} | ({resumed_from} if resumed_from else set())
     losses = {folder: loss for folder in folders if (loss := _val_loss(folder)) is not None}
     if losses:
         keep.add(min(losses, key=lambda folder: losses[folder]))
@@ -233,7 +238,7 @@ def _delete_old(newest: Path, save_total_limit: int, resumed_from: Checkpoint | 
 
 
 def _delete(folder: Path) -> None:
-    """Takes its name away first, so that a kill in between leaves no half of it under that name."""
+    """Deletes a checkpoint. It is renamed first, so that a kill leaves no half of it under its own name."""
     nameless = folder.with_name(f".{folder.name}{PARTIAL}")
     try:
         folder.rename(nameless)
@@ -243,7 +248,7 @@ def _delete(folder: Path) -> None:
 
 
 def _val_loss(folder: Path) -> float | None:
-    """None where it is not known, and of a folder that is damaged."""
+    """The validation loss that a checkpoint holds; None where there is none or the folder is damaged."""
     try:
         loss = json.loads((folder / STATE).read_text(encoding="utf-8"))["val_loss"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -260,7 +265,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         checkpoint = Checkpoint(folder, state, load_file(folder / ADAPTER), load_file(folder / OPTIMIZER))
-    except Exception as error:  # signed by another hand; safetensors has an exception of its own
+    except Exception as error:  # the manifest was made elsewhere; safetensors has exceptions of its own
         raise UserError(f"checkpoint {folder}: its files cannot be read: {error}. Resume from another one.") from error
     wrong = _nonsense(checkpoint)
     if wrong:
@@ -269,7 +274,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _nonsense(checkpoint: Checkpoint) -> str | None:
-    """What this program never writes, in files that the manifest vouches for, or None."""
+    """What stands in the files that this program never writes, although the manifest vouches for it; or None."""
     state = checkpoint.state
     for name, tensors in ((ADAPTER, checkpoint.adapter), (OPTIMIZER, checkpoint.optimizer)):
         for key, tensor in tensors.items():
@@ -298,7 +303,7 @@ def _nonsense(checkpoint: Checkpoint) -> str | None:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None. Nothing is opened that the manifest does not vouch for."""
+    """What is wrong with the files of a checkpoint, or None. It opens no file that the manifest does not name."""
     if not folder.is_dir():
         return "there is no such folder"
     try:
@@ -325,14 +330,14 @@ def _damage(folder: Path) -> str | None:
 
 
 def first_difference(ours: Mapping[str, object], theirs: Mapping[str, object]) -> str | None:
-    """The first name, sorted, that only one has or that means something else in each; None if there is none."""
+    """The first name in alphabetical order that only one side has, or that has another value on each; or None."""
     return min((name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)), default=None)
 
 
 def restore_adapter(checkpoint: Checkpoint | None, model: PeftModel, accelerator: Accelerator) -> None:
     """Copies the checkpoint's adapter into `model`; every rank enters.
 
-    Raises UserError when adapter or optimizer are another model's.
+    Raises UserError when the adapter or the optimizer state belongs to another model.
     """
     if checkpoint is None:
         return

@@ -1,47 +1,42 @@
-"""--resume: which checkpoint, and whether this run may go on from it."""
+"""Finds the checkpoint that --resume means, and refuses one that this run may not go on from."""
 
 import hashlib
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import get_peft_model_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from data.batch import Window
 from data.errors import UserError
-from loop.engine.accelerator import mixed_precision
+from loop.batch_arithmetic import BatchArithmetic, cut_up
+from loop.engine.accelerator import mixed_precision, on_main_process
 from loop.engine.optimizer_state import restore_optimizer, trainable_parameters
-from loop.model.build import rows_per_step
-from loop.recipe import Recipe, find_model, find_path, recipe_as_dict
+from loop.measure.phases import measured
+from loop.recipe import RUN_OPTIONS, Recipe, find_model, find_path, recipe_as_dict
 from loop.saving.checkpoint import CHECKPOINTS, Checkpoint, list_checkpoints, load_checkpoint, unwrap
 
-# Keys that may differ: they change neither what is learned nor in which order. The batch may be cut up in another
-# way as long as its product stays; model and training file may lie elsewhere as long as their content is the same.
-FREE = {
-    "run_dir", "resume", "tracker", "log_every", "eval_every", "save_every", "save_total_limit", "rank_timeout",
-    "batching", "gradient_checkpointing", "micro_batch_size", "grad_accum_steps", "model.name_or_path",
-    "model.attn_implementation", "model.trust_remote_code", "data.train_file", "data.validation_file",
-    "data.max_length",
-}  # fmt: skip
+DECIDED = ("batching", "gradient_checkpointing")  # keys of the recipe that may say auto
 MODEL_FILES = (
     "config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template*",
 )  # fmt: skip
-SAMPLES, SAMPLE = 64, 64 * 1024  # of a file: places that are read, and bytes in each
+SAMPLES, SAMPLE = 64, 64 * 1024  # places that are read in a large file, and bytes that are read at each
 
 
 def find_checkpoint(name: str, recipe: Recipe) -> Checkpoint | None:
     """The checkpoint that `recipe.resume` means, whole and verified; None where a new run is to start.
 
-    auto takes the newest whole one of run_dir, or without a run_dir of the newest run of the recipe `name`;
-    with a run_dir in which nothing has been saved yet it says so and starts the run. Raises UserError when
-    there is nothing to resume, or nothing but damaged checkpoints.
+    auto takes the newest whole checkpoint of run_dir, or without a run_dir that of the newest run of the recipe
+    `name`. Where nothing has been saved in run_dir yet, auto says so and the run starts. Raises UserError when there is
+    nothing to resume, or when all checkpoints are damaged.
     """
     if recipe.resume is None:
         return None
@@ -63,7 +58,7 @@ def find_checkpoint(name: str, recipe: Recipe) -> Checkpoint | None:
         if found is None and os.environ.get("RANK", "0") == "0":
             print(f"--resume auto: no checkpoint in {recipe.run_dir} yet; starting at step 0", flush=True)
         return found
-    own = re.compile(rf"{re.escape(name)}-\d{{8}}-\d{{6}}(-\d+)?")  # and not another recipe's of a longer name
+    own = re.compile(rf"{re.escape(name)}-\d{{8}}-\d{{6}}(-\d+)?")  # no run of a recipe whose name begins alike
     runs = [path for path in Path("runs").glob("*") if own.fullmatch(path.name) and list_checkpoints(path)]
     if not runs:
         raise UserError(f"--resume auto: no run of {name} with a checkpoint under runs/. Start without --resume.")
@@ -71,7 +66,7 @@ def find_checkpoint(name: str, recipe: Recipe) -> Checkpoint | None:
 
 
 def _newest(run_dir: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; damaged ones are named. UserError when there are only damaged ones."""
+    """The newest whole checkpoint; names those that are damaged, and raises UserError when all of them are."""
     problems = []
     for folder in reversed(list_checkpoints(run_dir)):
         try:
@@ -85,13 +80,38 @@ def _newest(run_dir: Path) -> Checkpoint | None:
     return None
 
 
-def fingerprint(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
-    """What decides the mathematics of a run: kept in its checkpoints, compared when one is resumed."""
+def keep_decisions(checkpoint: Checkpoint | None, recipe: Recipe) -> Recipe:
+    """The recipe with what was decided when the run began, wherever the recipe says auto.
+
+    A resumed run decides nothing again: the memory that is free by then may be another. A checkpoint of an older
+    version holds auto itself; then the decision is made anew.
+    """
+    if checkpoint is None:
+        return recipe
+    then = checkpoint.state["run"]["recipe"]
+    kept = {key: then[key] for key in DECIDED if getattr(recipe, key) == "auto" and key in then}
+    return replace(recipe, **kept)
+
+
+def fingerprint(recipe: Recipe, batch: BatchArithmetic, accelerator: Accelerator) -> dict[str, Any]:
+    """What decides the mathematics of a run; every rank enters. Checkpoints keep it, and a resume compares it.
+
+    Rank 0 alone reads the files.
+    """
+    hashes: list[dict[str, str]] = [{}]
+
+    def read() -> None:
+        hashes[0] = {
+            "model_sha256": _model_sha256(recipe),
+            "train_file_sha256": _sha256(find_path(recipe.data.train_file)),
+        }
+
+    on_main_process(read, accelerator)
+    broadcast_object_list(hashes)  # collective
     return {
         "recipe": recipe_as_dict(recipe),
-        "model_sha256": _model_sha256(recipe),
-        "train_file_sha256": _sha256(find_path(recipe.data.train_file)),
-        "rows_per_step": rows_per_step(recipe, accelerator),
+        **hashes[0],
+        "rows_per_step": batch.rows_per_step,
         "mixed_precision": mixed_precision(accelerator),
     }
 
@@ -102,7 +122,7 @@ def _sha256(path: Path) -> str:
 
 
 def _model_sha256(recipe: Recipe) -> str:
-    """Of the base model's configuration, its tokenizer and samples of its weights, which are many gigabytes."""
+    """Hashes the base model's configuration, its tokenizer, and samples of its weights, which are many gigabytes."""
     config = cached_file(find_model(recipe.model.name_or_path), "config.json", local_files_only=True)
     assert config is not None
     folder = Path(config).parent
@@ -121,18 +141,23 @@ def _model_sha256(recipe: Recipe) -> str:
     return digest.hexdigest()
 
 
-def check_resumable(checkpoint: Checkpoint | None, recipe: Recipe, total_steps: int, accelerator: Accelerator) -> None:
-    """Raises UserError, with the list of differences, when going on would not be the same run; every rank enters."""
+def check_resumable(
+    checkpoint: Checkpoint | None, now: dict[str, Any], recipe: Recipe, batch: BatchArithmetic, accelerator: Accelerator
+) -> None:
+    """Raises UserError, with the list of differences, when going on would not be the same run; every rank enters.
+
+    `now` is this run's fingerprint.
+    """
     steps = gather_object([checkpoint.step if checkpoint else None])  # collective
     if len(set(steps)) > 1:
         raise UserError(f"--resume: not every rank has read the same checkpoint; their steps are {steps}.")
     if checkpoint is None:
         return
-    then, now = checkpoint.state["run"], fingerprint(recipe, accelerator)
+    then = checkpoint.state["run"]
     differences = [
         f"{key}: {old} then, {new} now"
         for key, old, new in _pairs(then["recipe"], now["recipe"])
-        if old != new and key not in FREE
+        if old != new and key not in RUN_OPTIONS
     ]
     if then["model_sha256"] != now["model_sha256"]:
         differences.append(f"model: the content of {recipe.model.name_or_path} is not that of the run's base model")
@@ -141,20 +166,20 @@ def check_resumable(checkpoint: Checkpoint | None, recipe: Recipe, total_steps: 
     if then["mixed_precision"] != now["mixed_precision"]:
         differences.append(f"mixed_precision: {then['mixed_precision']} then, {now['mixed_precision']} now")
     if then["rows_per_step"] != now["rows_per_step"]:
-        differences.append(_batch_advice(then["rows_per_step"], now["rows_per_step"], recipe, accelerator))
+        differences.append(_batch_advice(then["rows_per_step"], recipe, batch))
     if differences:
         raise UserError(
             f"checkpoint {checkpoint.folder}: this would not be the same run:\n"
             + "\n".join(f"  {difference}" for difference in differences)
         )
-    if checkpoint.step > total_steps:
+    if checkpoint.step > batch.total_steps:
         raise UserError(
-            f"checkpoint {checkpoint.folder}: trainer_state.json says step {checkpoint.step} of {total_steps}."
+            f"checkpoint {checkpoint.folder}: trainer_state.json says step {checkpoint.step} of {batch.total_steps}."
         )
 
 
 def _pairs(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) of every key of either."""
+    """The dotted name, the old value and the new value of every key that either side has."""
     pairs = []
     for key in {**then, **now}:
         old, new = then.get(key), now.get(key)
@@ -165,24 +190,26 @@ def _pairs(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[
     return pairs
 
 
-def _batch_advice(then: int, now: int, recipe: Recipe, accelerator: Accelerator) -> str:
-    said = f"the effective batch: {then} rows then, {now} now"
-    processes = int(accelerator.num_processes)
-    if then % processes:
+def _batch_advice(then: int, recipe: Recipe, batch: BatchArithmetic) -> str:
+    said = f"the effective batch: {then} rows then, {batch.rows_per_step} now"
+    processes = batch.num_processes
+    found = cut_up(then, processes, recipe.micro_batch_size)
+    if found is None:
         return f"{said}; {processes} processes cannot share {then} rows, launch a number of them that divides it"
-    each = then // processes
-    micro = max(size for size in range(1, min(recipe.micro_batch_size, each) + 1) if each % size == 0)
-    return f"{said}; keep it with --micro_batch_size {micro} --grad_accum_steps {each // micro}"
+    micro, accumulation = found
+    rows = f"--rows_per_step {then} " if recipe.rows_per_step is not None else ""
+    return f"{said}; keep it with {rows}--micro_batch_size {micro} --grad_accum_steps {accumulation}"
 
 
+@measured("load", whole=True)
 def resume_optimizer(
     checkpoint: Checkpoint | None, model: Any, optimizer: Any, empty_window: Window, accelerator: Accelerator
 ) -> None:
-    """The optimizer as it was at `checkpoint`; every rank enters."""
+    """Makes the optimizer what it was at `checkpoint`; every rank enters."""
     if checkpoint is None:
         return
     adapter = trainable_parameters(unwrap(model, accelerator))
     files = get_peft_model_state_dict(unwrap(model, accelerator), state_dict={name: name for name in adapter})
-    # an adapter in fp32 is its own master
+    # Where no master was saved the adapter is fp32, and its own master.
     masters = {f"master.{name}": checkpoint.adapter[file_name].float() for file_name, name in files.items()}
     restore_optimizer(masters | checkpoint.optimizer, checkpoint.updates, model, optimizer, empty_window, accelerator)

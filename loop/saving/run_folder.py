@@ -1,9 +1,7 @@
-"""The folder of a run: made once, never on top of another."""
+"""Makes the folder of a run, once and never on top of another run."""
 
 import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ PACKAGES = ("accelerate", "deepspeed", "peft", "safetensors", "swanlab", "tokeni
 def check_run_folder(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
     """Raises UserError when the recipe's run folder holds something; writes nothing.
 
-    With --resume auto it may hold a run that has saved nothing yet.
+    With --resume auto the folder may hold a run that has saved nothing yet.
     """
     folder = Path(recipe.run_dir) if recipe.run_dir else None
     if (
@@ -44,8 +42,9 @@ def check_run_folder(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
 def create_run_folder(name: str, recipe: Recipe, checkpoint: Checkpoint | None, accelerator: Accelerator) -> Path:
     """Makes the run folder with recipe.yaml and versions.json in it; every rank enters.
 
-    A run that goes on after `checkpoint` keeps its folder; what its metrics.jsonl says of later steps goes.
-    Raises UserError when the folder cannot be made.
+    recipe.yaml holds what is run: where the recipe said auto, what was decided. A run that goes on after `checkpoint`
+    keeps its folder, and the lines that its metrics.jsonl has of later steps are removed. Raises UserError when the
+    folder cannot be made.
     """
     step = checkpoint.step if checkpoint else 0
     chosen = [checkpoint.run_dir if checkpoint else Path(recipe.run_dir) if recipe.run_dir else _new_name(name)]
@@ -74,7 +73,7 @@ def _new_name(name: str) -> Path:
 
 
 def write_engine_config(run_dir: Path, accelerator: Accelerator) -> None:
-    """deepspeed_config.json, as accelerate resolved it when it prepared the model; every rank enters."""
+    """Writes deepspeed_config.json as accelerate resolved it when it prepared the model; every rank enters."""
 
     def write() -> None:
         with _writing(run_dir):
@@ -94,17 +93,8 @@ def _writing(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def write_report(run_dir: Path, accelerator: Accelerator) -> None:
-    """report.html, on rank 0: in a process of its own, because the loop does not need what draws charts."""
-    if accelerator.is_main_process:
-        command = [sys.executable, "-m", "eval.report", str(run_dir)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        said = done.stderr.strip().splitlines() or [""]
-        print(f"report: {run_dir / 'report.html'}" if done.returncode == 0 else f"warning: no report: {said[-1]}")
-
-
 def _cut_metrics(file: Path, step: int) -> None:
-    """Leaves the lines up to `step` in a metrics.jsonl; the last may be half a line, if the run was killed."""
+    """Removes the lines after `step` from a metrics.jsonl, and a last line that a kill left half written."""
     if not file.exists():
         return
     kept = []
@@ -121,6 +111,6 @@ def _cut_metrics(file: Path, step: int) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Indented; infinity, which JSON does not have, becomes null."""
+    """Writes indented JSON. Infinity becomes null, because JSON has no infinity."""
     value = {key: None if inner == math.inf else inner for key, inner in value.items()}
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

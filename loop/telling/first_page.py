@@ -1,9 +1,7 @@
-"""The page printed before the first step: what is about to happen, in numbers."""
+"""Writes the page that is printed before the first step: what is about to happen, in numbers."""
 
-import math
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,38 +10,31 @@ from accelerate.utils import DistributedType, gather_object
 
 from data.examples import answer_lengths_of, lengths_of
 from loop.engine.accelerator import mixed_precision
-from loop.model.build import Data, rows_per_step, warmup_steps
+from loop.internals.deepspeed_internals import numel_of
 from loop.planning.decisions import Decided
-from loop.recipe import Recipe
+from loop.state import Job
 
 
 def device_name(accelerator: Accelerator) -> str:
-    """Of this process, for example "cuda:0 NVIDIA H100 80GB HBM3"."""
+    """Names the device of this process, for example "cuda:0 NVIDIA H100 80GB HBM3"."""
     if accelerator.device.type == "cuda":
         return f"{accelerator.device} {torch.cuda.get_device_name(accelerator.device)}"
     return f"{accelerator.device} {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def overview(
-    recipe: Recipe,
-    decided: Decided,
-    data: Data,
-    model: Any,
-    run_dir: Path,
-    total_steps: int,
-    accelerator: Accelerator,
-) -> str:
+def overview(job: Job, decided: Decided, model: Any) -> str:
     """The page's text; every rank enters."""
+    recipe, data, batch, accelerator = job.recipe, job.data, job.batch, job.accelerator
     devices = gather_object(
         [f"{accelerator.process_index}: {device_name(accelerator)}, pid {os.getpid()}"]
     )  # collective
-    sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in model.parameters()]
+    sizes = [(numel_of(p), p) for p in model.parameters()]
     trainable = sum(size for size, p in sizes if p.requires_grad)
     everything = sum(size for size, _ in sizes)
     label_tokens, tokens = int(answer_lengths_of(data.train).sum()), int(lengths_of(data.train).sum())
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for _, p in sizes if p.requires_grad})
     lines = {
-        "run folder": run_dir,
+        "run folder": job.run_dir,
         "processes": f"{accelerator.num_processes}  ({'; '.join(devices)})",
         "engine": engine(accelerator),
         "precision": f"{mixed_precision(accelerator)}, adapters {' and '.join(dtypes)}",
@@ -52,17 +43,17 @@ def overview(
         **decided.said,
         "data": f"{len(data.train):,} rows, {tokens:,} tokens, {label_tokens:,} of them labels; "
         f"{len(data.validation):,} validation rows",
-        "effective batch": f"{recipe.micro_batch_size} rows x {recipe.grad_accum_steps} accumulated x "
-        f"{accelerator.num_processes} processes = {rows_per_step(recipe, accelerator)} rows",
-        "steps": f"{total_steps} ({recipe.epochs} epochs of {math.ceil(total_steps / recipe.epochs)}), "
-        f"{warmup_steps(recipe, total_steps)} of them warm-up to lr {recipe.optim.lr:g}",
+        "effective batch": f"{batch.micro_batch_size} rows x {batch.grad_accum_steps} accumulated x "
+        f"{batch.num_processes} processes = {batch.rows_per_step} rows",
+        "steps": f"{batch.total_steps} ({batch.epochs} epochs of {batch.steps_per_epoch}), "
+        f"{batch.warmup_steps} of them warm-up to lr {recipe.optim.lr:g}",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
 
 
 def engine(accelerator: Accelerator) -> str:
-    """For example "DeepSpeed ZeRO-3, parameters on cpu"; without DeepSpeed what takes its place."""
+    """Names the engine, for example "DeepSpeed ZeRO-3, param offloaded to cpu", "PyTorch DDP" or "plain PyTorch"."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return "plain PyTorch" if accelerator.distributed_type == DistributedType.NO else "PyTorch DDP"
     zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]

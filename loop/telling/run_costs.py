@@ -1,4 +1,4 @@
-"""usage.json: what a run has cost, for the report and for the plan to be held against."""
+"""Writes usage.json: what a run has cost. The report shows it, and tests compare the plan with it."""
 
 import time
 from dataclasses import asdict
@@ -11,16 +11,17 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from loop.engine.accelerator import mixed_precision
-from loop.measure.flops import Batch, matrix_products, numel
+from loop.internals.deepspeed_internals import numel_of
+from loop.measure.flops import Batch, matrix_products
 from loop.measure.phases import ACCOUNT
 from loop.saving.run_folder import write_json
 from loop.telling.first_page import device_name, engine
 
 
 def write_usage(run_dir: Path, model: torch.nn.Module, last_step: int, accelerator: Accelerator) -> None:
-    """Of the steps that this process made, up to `last_step`; every rank enters.
+    """Writes the costs of the steps that this process made, up to `last_step`; every rank enters.
 
-    A disk that is full by now costs the run no more than this file.
+    On a disk that is full by now it warns and goes on: the run has lost no more than this file.
     """
     account = usage(model, last_step, accelerator)
     if accelerator.is_main_process:
@@ -31,7 +32,7 @@ def write_usage(run_dir: Path, model: torch.nn.Module, last_step: int, accelerat
 
 
 def usage(model: torch.nn.Module, last_step: int, accelerator: Accelerator) -> dict[str, Any]:
-    """Counts and sizes are of all ranks together, but for those in `ranks`; seconds are rank 0's."""
+    """The costs of the run. Counts and sizes are sums over all ranks, except those in `ranks`; seconds are rank 0's."""
     ACCOUNT.enter(ACCOUNT.phase)
     ACCOUNT.settle(wait=True)
     process = psutil.Process()
@@ -58,7 +59,7 @@ def usage(model: torch.nn.Module, last_step: int, accelerator: Accelerator) -> d
         "tokens": batch.tokens,
         "label_tokens": batch.label_tokens,
         "model_flops": matrix_products(model).model_flops(batch),
-        "parameters": sum(map(numel, parameters)),
-        "trainable": sum(numel(parameter) for parameter in parameters if parameter.requires_grad),
+        "parameters": sum(map(numel_of, parameters)),
+        "trainable": sum(numel_of(parameter) for parameter in parameters if parameter.requires_grad),
         "ranks": ranks,
     }

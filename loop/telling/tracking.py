@@ -1,4 +1,4 @@
-"""What is written while a run goes on: metrics.jsonl, a tracker, a progress bar."""
+"""Writes what a run tells while it goes on: metrics.jsonl, a tracker, a progress bar."""
 
 import contextlib
 import json
@@ -13,72 +13,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor
 from tqdm import tqdm
 
-from data.batch import Window
 from data.errors import UserError
 from loop.engine.accelerator import on_main_process
 from loop.guard.process import RunError, Stopped
 from loop.recipe import Recipe, recipe_as_dict
-from loop.saving.checkpoint import Checkpoint
-from loop.step import StepResult
-
-
-class Interval:
-    """What happened since the last log line: losses stay on the device until one is due."""
-
-    def __init__(self, device: torch.device, nll: float = 0.0, num_label_tokens: int = 0) -> None:
-        self.nll = torch.tensor(nll, device=device)  # nats, this rank's
-        self.num_label_tokens = num_label_tokens  # all ranks'
-        self.num_tokens = 0  # all ranks', since `started`
-        self.started = time.monotonic()
-
-    @classmethod
-    def restore(cls, checkpoint: Checkpoint | None, accelerator: Accelerator) -> "Interval":
-        """As `checkpoint` left it. With another number of ranks rank 0 takes all the losses."""
-        state = checkpoint.state["interval"] if checkpoint else None
-        if state is None:
-            return cls(accelerator.device)
-        nlls: list[float] = state["nlls"]
-        if len(nlls) != accelerator.num_processes:
-            nlls = [sum(nlls)] + [0.0] * (accelerator.num_processes - 1)
-        return cls(accelerator.device, nlls[accelerator.process_index], state["num_label_tokens"])
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint; every rank enters."""
-        nlls: list[float] = gather_object([self.nll.item()])  # collective
-        return {"nlls": nlls, "num_label_tokens": self.num_label_tokens}
-
-    def add(self, window: Window, result: StepResult) -> None:
-        self.nll += result.nlls.sum()
-        self.num_label_tokens += window.num_label_tokens
-        self.num_tokens += window.num_tokens
-
-    def metrics(self, last: StepResult, accelerator: Accelerator) -> dict[str, float]:
-        """train/loss is the mean over all label tokens since the last log; every rank enters."""
-        nll = accelerator.reduce(self.nll, reduction="sum")  # collective
-        assert isinstance(nll, Tensor)
-        return {
-            "train/loss": nll.item() / self.num_label_tokens,  # device sync
-            "train/lr": last.lr,
-            "train/grad_norm": last.grad_norm,
-            "train/tokens_per_second": self.num_tokens / (time.monotonic() - self.started),
-        }
 
 
 class TrackerThread:
-    """A tracker in a thread of its own: whatever it does, the run neither waits for it nor stops.
+    """Runs a tracker in a thread of its own: whatever the tracker does, the run neither waits for it nor stops.
 
-    The first exception is said once and ends it. What it hangs in is left behind when the process ends.
+    The tracker's first exception is printed once and ends the tracker. A call in which the tracker hangs is left
+    behind when the process ends.
     """
 
-    PATIENCE = 30.0  # seconds, at the end of a run, counted from the beginning of what the tracker is doing
-    HASTE = 0.5  # seconds, for one that is in that for longer or never started, or where the run itself failed
-    STOP = 5.0  # seconds, where the run was asked to stop
+    # Seconds that the end of a run waits for the tracker:
+    PATIENCE = 30.0  # in general, counted from the beginning of the tracker's present call
+    HASTE = 0.5  # for a tracker that has been in its call for longer or has never started, or where the run failed
+    STOP = 5.0  # where the run was asked to stop
 
     def __init__(self, start: Callable[[], None], finish: Callable[[], None], say: Callable[[str], None]) -> None:
         self.finish, self.say = finish, say
@@ -112,9 +66,9 @@ class TrackerThread:
 
 
 class Tracking:
-    """Writes metrics on rank 0 and nothing on the others, while the context is open.
+    """Writes metrics on rank 0, and nothing on the other ranks, while the context is open.
 
-    metrics.jsonl is the source of truth, flushed at every log. The recipe's tracker gets the same.
+    metrics.jsonl is the source of truth and is flushed at every log. The recipe's tracker gets the same numbers.
     """
 
     def __init__(
@@ -129,7 +83,7 @@ class Tracking:
         on_main_process(partial(self._open, run_dir), accelerator)
         if not accelerator.is_main_process:
             return
-        # In a terminal a bar; in a log file or a pipe one line for each log instead.
+        # A terminal shows a bar; a log file or a pipe gets a line for each log instead.
         self.bar = tqdm(
             total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
         )
@@ -137,7 +91,7 @@ class Tracking:
             start = partial(self._start_tracker, recipe.tracker, recipe, run_dir)
             self.tracker = TrackerThread(start, self._finish_tracker, self.say)
             if recipe.tracker == "swanlab" and os.environ.get("SWANLAB_MODE", "offline") == "offline":
-                self.tracker.started.wait(TrackerThread.PATIENCE)  # no network in between: let it begin with the run
+                self.tracker.started.wait(TrackerThread.PATIENCE)  # without a network it is soon ready
 
     def _open(self, run_dir: Path) -> None:
         try:
@@ -155,7 +109,7 @@ class Tracking:
         if self.bar is not None:
             self.bar.close()
         if self.file is not None:
-            with contextlib.suppress(OSError):  # of a line that could not be written, which was said
+            with contextlib.suppress(OSError):  # of a line whose failure has been reported
                 self.file.close()
 
     def _start_tracker(self, name: str, recipe: Recipe, run_dir: Path) -> None:
@@ -168,7 +122,7 @@ class Tracking:
         init_kwargs: dict[str, Any] = {}
         if name == "swanlab":
             init_kwargs = {"name": run_dir.name, "log_dir": str(run_dir / "swanlog")}
-            if "SWANLAB_MODE" not in os.environ:  # online, its default, wants an account and a network
+            if "SWANLAB_MODE" not in os.environ:  # its default, online, needs an account and a network
                 init_kwargs["mode"] = "offline"
             os.environ.setdefault("SWANLAB_INTERACTIVE", "false")  # it would ask for a key and wait for an answer
         self.accelerator.log_with = known
@@ -190,9 +144,10 @@ class Tracking:
             self.bar.update(step - self.bar.n)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes and shows the metrics of `step`, once for each step, or SwanLab drops the second; every rank enters.
+        """Writes and shows the metrics of `step`; every rank enters.
 
-        Raises RunError on every rank when they cannot be written.
+        Call it once for each step, because SwanLab drops a second call. Raises RunError on every rank when the metrics
+        cannot be written.
         """
         on_main_process(partial(self._write, step, metrics), self.accelerator)
 
@@ -212,7 +167,7 @@ class Tracking:
             self.tracker.jobs.put(partial(self.accelerator.log, dict(metrics), step=step))
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """In a terminal beside the bar, elsewhere as a line."""
+        """Shows the metrics beside the bar in a terminal, and as a line elsewhere."""
         assert self.bar is not None
         short = {key.removeprefix("train/"): f"{value:.4g}" for key, value in metrics.items()}
         if not self.bar.disable:
@@ -225,7 +180,7 @@ class Tracking:
 
 
 def tracker_config(recipe: Recipe) -> dict[str, Any]:
-    """What the reference shows of a run: model, data set and the three LoRA numbers, then the rest, flat."""
+    """What the reference shows of a run (model, data set and three LoRA numbers), and then all keys without nesting."""
     flat: dict[str, Any] = {
         "model": recipe.model.name_or_path,
         "dataset": recipe.data.train_file,

@@ -1,0 +1,106 @@
+"""The batch's arithmetic, in one place: rows of a step, steps of an epoch, steps of the run, steps of warm-up."""
+
+import math
+import os
+from dataclasses import dataclass, replace
+
+from data.batch import num_windows
+from data.errors import UserError
+from loop.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """How the training rows become steps. Train, the first page, resume and the planner read their numbers here."""
+
+    micro_batch_size: int  # rows that a process computes at once
+    grad_accum_steps: int  # micro-batches that a process adds up before an optimizer step
+    num_processes: int
+    num_rows: int  # training rows
+    epochs: int
+    warmup_ratio: float
+
+    @classmethod
+    def of(cls, recipe: Recipe, num_processes: int, num_rows: int) -> "BatchArithmetic":
+        """The arithmetic of `recipe` on so many processes. Raises UserError where they cannot share rows_per_step."""
+        recipe = settle_accumulation(recipe, num_processes)
+        return cls(
+            micro_batch_size=recipe.micro_batch_size,
+            grad_accum_steps=recipe.grad_accum_steps,
+            num_processes=num_processes,
+            num_rows=num_rows,
+            epochs=recipe.epochs,
+            warmup_ratio=recipe.optim.warmup_ratio,
+        )
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches of a step, over all processes."""
+        return self.grad_accum_steps * self.num_processes
+
+    @property
+    def rows_per_step(self) -> int:
+        """The effective batch: rows of a step, over all processes."""
+        return self.micro_batch_size * self.micro_batches_per_step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch; a last window that is not full is a step too."""
+        return num_windows(self.num_rows, self.rows_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        return warmup_steps(self.warmup_ratio, self.total_steps)
+
+
+def warmup_steps(warmup_ratio: float, total_steps: int) -> int:
+    """Steps in which the learning rate rises."""
+    return math.ceil(warmup_ratio * total_steps)
+
+
+def num_launched() -> int:
+    """Processes that the launcher has started, this one included; known before they have found each other."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def settle_accumulation(recipe: Recipe, num_processes: int) -> Recipe:
+    """The recipe with the grad_accum_steps that make rows_per_step on so many processes.
+
+    A recipe without rows_per_step stays as it is. Raises UserError, with both numbers and the fix, where the
+    processes cannot share the rows, or where grad_accum_steps is given as well and makes another number of rows.
+    """
+    rows = recipe.rows_per_step
+    if rows is None:
+        return recipe
+    micro, accumulation = recipe.micro_batch_size, recipe.grad_accum_steps
+    at_once = micro * num_processes
+    if rows % at_once:
+        found = cut_up(rows, num_processes, micro)
+        fix = f"Set --micro_batch_size {found[0]}" if found else f"Launch a number of processes that divides {rows}"
+        raise UserError(
+            f"rows_per_step is {rows}, but micro_batch_size {micro} x {num_processes} processes = {at_once} rows, "
+            f"which does not divide it. {fix}, or give another rows_per_step."
+        )
+    if accumulation not in (1, rows // at_once):
+        raise UserError(
+            f"rows_per_step is {rows}, but micro_batch_size {micro} x grad_accum_steps {accumulation} x "
+            f"{num_processes} processes = {at_once * accumulation} rows. Leave grad_accum_steps out, or set "
+            f"--rows_per_step {at_once * accumulation}."
+        )
+    return replace(recipe, grad_accum_steps=rows // at_once)
+
+
+def cut_up(rows: int, num_processes: int, at_most: int) -> tuple[int, int] | None:
+    """A micro_batch_size of `at_most` rows and the grad_accum_steps with which the processes share `rows` rows.
+
+    None where the number of processes does not divide the rows.
+    """
+    if rows % num_processes:
+        return None
+    each = rows // num_processes
+    micro = max(size for size in range(1, min(at_most, each) + 1) if each % size == 0)
+    return micro, each // micro

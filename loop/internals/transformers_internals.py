@@ -1,0 +1,36 @@
+"""The private parts of transformers that this project reads or sets, and the reason for each."""
+
+from typing import Any
+
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+WRITTEN_AGAINST = "5.23.0"
+
+
+def carries_state(model: Any) -> bool:
+    """True when a model passes a state from token to token besides attention, as Mamba does. transformers' generate
+    reads the same attribute; the configuration has no public field for it."""
+    return bool(model._is_stateful)
+
+
+def lets_attention_be_replaced(model: Any) -> bool:
+    """True when model.set_attn_implementation will work. That function is public, but where a model cannot do it, it
+    only prints a warning; transformers itself asks this private method first."""
+    return bool(model._can_set_attn_implementation())
+
+
+def attention_of(model: Any) -> str:
+    """The name of the attention implementation in use. transformers has a public function to set it and none to
+    read it."""
+    return str(model.config._attn_implementation)
+
+
+def keep_activations_of_last_layer(model: Any) -> None:
+    """Switches gradient checkpointing off for the last layer of a model that has it switched on.
+
+    The backward pass starts with that layer, so its activations would be dropped and recomputed at once: that would
+    save no memory. The public activation_checkpointing_enable switches all layers alike.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for last in layers[-1:]:
+        last.gradient_checkpointing = False

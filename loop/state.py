@@ -1,0 +1,169 @@
+"""The objects of the training loop: what is asked (Job), what learns (Learner), where the run stands (TrainState)."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from data.batch import Window, empty_window, epoch_order, windows
+from loop.batch_arithmetic import BatchArithmetic
+from loop.model.build import Data
+from loop.recipe import Recipe
+from loop.saving.checkpoint import Checkpoint
+from loop.step import StepResult
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is due after a step."""
+
+    log: bool
+    validate: bool
+    save: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of a run. Nothing in it changes from the first step to the last."""
+
+    recipe: Recipe  # with what was decided where it said auto
+    data: Data
+    batch: BatchArithmetic
+    run_dir: Path
+    resumed_from: Path | None  # the checkpoint's folder; None for a new run
+    accelerator: Accelerator
+
+    def due(self, step: int, stop: int) -> Due:
+        """What is due after `step` steps; `stop` is a signal that asks the run to stop, or 0.
+
+        The recipe's log_every, eval_every and save_every count steps from the beginning of the run. The end of an
+        epoch is always logged and saved, and it is where an eval_every or save_every of 0 falls. A run that is asked
+        to stop is saved first. Nothing is validated where the recipe names no validation file.
+        """
+        every = self.batch.steps_per_epoch
+        epoch_ends = step % every == 0
+        return Due(
+            log=step % self.recipe.log_every == 0 or epoch_ends,
+            validate=len(self.data.validation) > 0 and step % (self.recipe.eval_every or every) == 0,
+            save=step % (self.recipe.save_every or every) == 0 or epoch_ends or stop > 0,
+        )
+
+    def windows(self, after: int) -> Iterator[Window]:
+        """This rank's share of every window that is left to learn after `after` steps, over all epochs."""
+        batch = self.batch
+        for epoch in range(after // batch.steps_per_epoch, batch.epochs):
+            learned = max(0, after - epoch * batch.steps_per_epoch) * batch.rows_per_step
+            order = epoch_order(batch.num_rows, self.recipe.seed, epoch)[learned:]
+            yield from self._share(self.data.train, order, grad_accum_steps=batch.grad_accum_steps)
+
+    def validation_windows(self) -> Iterator[Window]:
+        """This rank's share of the validation rows, a micro-batch in each window."""
+        return self._share(self.data.validation, range(len(self.data.validation)), grad_accum_steps=1)
+
+    def empty_window(self) -> Window:
+        """A window without a label, with which the engine takes a step that changes nothing."""
+        data = self.data
+        return empty_window(data.train[0], self.batch.grad_accum_steps, data.layout, data.pad_token_id)
+
+    @property
+    def _share(self) -> partial[Iterator[Window]]:
+        return partial(
+            windows,
+            micro_batch_size=self.batch.micro_batch_size,
+            num_processes=self.batch.num_processes,
+            process_index=self.accelerator.process_index,
+            layout=self.data.layout,
+            pad_token_id=self.data.pad_token_id,
+        )
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a step changes, as the engine has wrapped it."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+
+
+class Interval:
+    """What happened since the last log line. Losses stay on the device until a line is due."""
+
+    def __init__(self, device: torch.device, nll: float = 0.0, num_label_tokens: int = 0) -> None:
+        self.nll = torch.tensor(nll, device=device)  # nats, summed over this rank's label tokens
+        self.num_label_tokens = num_label_tokens  # over all ranks
+        self.num_tokens = 0  # over all ranks, since `started`
+        self.started = time.monotonic()
+        self.logged = False  # True once a log line has told it; then nothing of it is left to be told
+
+    def add(self, window: Window, result: StepResult) -> None:
+        self.nll += result.nlls.sum()
+        self.num_label_tokens += window.num_label_tokens
+        self.num_tokens += window.num_tokens
+
+    def metrics(self, last: StepResult, accelerator: Accelerator) -> dict[str, float]:
+        """The metrics of a log line; train/loss is the mean over its interval's label tokens. Every rank enters."""
+        self.logged = True
+        nll = accelerator.reduce(self.nll, reduction="sum")  # collective
+        assert isinstance(nll, Tensor)
+        return {
+            "train/loss": nll.item() / self.num_label_tokens,  # device sync
+            "train/lr": last.lr,
+            "train/grad_norm": last.grad_norm,
+            "train/tokens_per_second": self.num_tokens / (time.monotonic() - self.started),
+        }
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: exactly what trainer_state.json of a checkpoint holds."""
+
+    step: int  # optimizer steps learned
+    updates: int  # the same without the steps that fp16 skipped
+    interval: Interval
+    val_loss: float | None  # of the validation after this step, where there was one
+    run: dict[str, Any]  # the fingerprint (loop/saving/resume.py): a checkpoint is resumed by a run of the same one
+
+    @classmethod
+    def begin(cls, checkpoint: Checkpoint | None, run: dict[str, Any], accelerator: Accelerator) -> "TrainState":
+        """The state before the first step, or the state that `checkpoint` holds.
+
+        Each rank goes on with its own losses since the last log line; where the number of ranks is another one, rank 0
+        goes on with all of them.
+        """
+        if checkpoint is None:
+            return cls(0, 0, Interval(accelerator.device), None, run)
+        known: dict[str, Any] = checkpoint.state["interval"] or {"nlls": [0.0], "num_label_tokens": 0}
+        nlls: list[float] = known["nlls"]
+        if len(nlls) != accelerator.num_processes:
+            nlls = [sum(nlls)] + [0.0] * (accelerator.num_processes - 1)
+        interval = Interval(accelerator.device, nlls[accelerator.process_index], known["num_label_tokens"])
+        return cls(checkpoint.step, checkpoint.updates, interval, checkpoint.state["val_loss"], run)
+
+    def advance(self, window: Window, result: StepResult) -> None:
+        """Counts a step that was learned."""
+        self.step += 1
+        self.updates += not result.skipped
+        self.interval.add(window, result)
+        self.val_loss = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The contents of trainer_state.json; every rank enters."""
+        interval = None
+        if not self.interval.logged:
+            nlls: list[float] = gather_object([self.interval.nll.item()])  # collective
+            interval = {"nlls": nlls, "num_label_tokens": self.interval.num_label_tokens}
+        return {
+            "step": self.step,
+            "updates": self.updates,
+            "interval": interval,
+            "val_loss": self.val_loss,
+            "run": self.run,
+        }
