@@ -20,8 +20,9 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from loop.recipe import parse_recipe
 from loop.telling.tracking import TrackerThread, Tracking, tracker_config
-from tests.distributed.launching import DEBUG, ROOT, clean_environment, start
+from tests.distributed.launching import DEBUG, ROOT, start
 from tests.tracker_faults import FAULTS, run_with, what_is_wrong
+from tests.warm import clean_environment
 
 EXTENSIONS = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
 

@@ -76,6 +76,9 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
+Started = Process | subprocess.Popen[bytes]
+
+
 def fixed(env: Mapping[str, str]) -> dict[str, str]:
     """The part of an environment that has to be the server's own."""
     return {key: value for key, value in env.items() if key.startswith(READ_WHEN_LOADED)}
@@ -86,9 +89,7 @@ def can_be_warm(command: Sequence[str], env: Mapping[str, str]) -> bool:
     return command[0] == sys.executable and fixed(env) == fixed(clean_environment()) and not torch.cuda.is_available()
 
 
-def popen(
-    command: Sequence[str], cwd: Path, env: Mapping[str, str], output: Path
-) -> "Process | subprocess.Popen[bytes]":
+def popen(command: Sequence[str], cwd: Path, env: Mapping[str, str], output: Path) -> Started:
     """Starts `command` with its output, both streams, appended to the file `output`; warm where it can be."""
     if can_be_warm(command, env):
         return Process(command[1:], cwd, env, output)

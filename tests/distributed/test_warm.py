@@ -47,7 +47,9 @@ def test_a_rank_finds_the_same(config: Path, processes: int, tmp_path: Path) -> 
 
 def test_the_same_run_to_the_bit(tmp_path: Path) -> None:
     """Losses, adapter, optimizer, and the collectives of each phase, which are counted by wrapped functions."""
-    runs = [launch(CONFIGS / "zero3.yaml", *DEBUG, folder=tmp_path / name, cold=name == "cold") for name in ("warm", "cold")]
+    runs = [
+        launch(CONFIGS / "zero3.yaml", *DEBUG, folder=tmp_path / name, cold=name == "cold") for name in ("warm", "cold")
+    ]
     for run in runs:
         assert run.code == 0, run.output
     warm, cold = map(what_stays, runs)
