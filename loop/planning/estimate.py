@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from data.batch import epoch_order, num_windows, windows
+from data.batch import epoch_order, windows
 from data.errors import UserError
 from data.examples import Example, answer_lengths_of, lengths_of
 from data.layout import Layout, MicroBatch, collate
+from loop.batch_arithmetic import BatchArithmetic
 from loop.measure.flops import Batch, MatrixProducts, count_computed, matrix_products
 from loop.planning.activations import Activations, measure_step
 from loop.planning.launch_file import Launch
@@ -126,19 +127,18 @@ class Subject:
         return self._epochs[processes]
 
     def _count_epoch(self, processes: int) -> tuple[int, int, Batch]:
-        recipe, work = self.recipe, self.work
-        steps = num_windows(len(work.examples), recipe.micro_batch_size * recipe.grad_accum_steps * processes)
+        work, batch = self.work, BatchArithmetic.of(self.recipe, processes, len(self.work.examples))
         if not work.real:
             n, t = len(work.examples), work.longest
-            return steps, n * t, Batch(n, n * t, n * work.longest_answer, n * t * t)
+            return batch.steps_per_epoch, n * t, Batch(n, n * t, n * work.longest_answer, n * t * t)
         computed, tokens = Batch(), 0
-        order = epoch_order(len(work.examples), recipe.seed, 0)
+        order = epoch_order(len(work.examples), self.recipe.seed, 0)
         for rank in range(processes):
             share = windows(
                 work.examples,
                 order,
-                recipe.micro_batch_size,
-                recipe.grad_accum_steps,
+                batch.micro_batch_size,
+                batch.grad_accum_steps,
                 processes,
                 rank,
                 work.layout,
@@ -147,7 +147,7 @@ class Subject:
             for window in share:
                 computed = sum(map(count_computed, window.micro_batches), computed)
                 tokens += window.num_tokens if rank == 0 else 0
-        return steps, tokens, computed
+        return batch.steps_per_epoch, tokens, computed
 
 
 SIZES = (  # the settings that decide when ZeRO-3 gathers and releases a weight
@@ -211,7 +211,7 @@ def estimate(subject: Subject, launch: Launch, hardware: Hardware) -> Estimate:
     peak = peaks[recomputes]
     host_load, host_steady = _host(sharding, subject.base, on_host)
     steps, tokens, computed = subject.epoch(n)
-    sent = link_traffic(sharding, subject.adapters, subject.recipe.grad_accum_steps, peak.gathers)
+    sent = link_traffic(sharding, subject.adapters, launch.grad_accum_steps, peak.gathers)
     flops = subject.products.computed_flops(computed, recomputes) / steps
     return Estimate(
         launch=launch,
@@ -223,7 +223,7 @@ def estimate(subject: Subject, launch: Launch, hardware: Hardware) -> Estimate:
         activations_keeping=peaks[False].activations,
         logits=peak.logits,
         gathered=peak.gathered,
-        gathered_bytes=sharding.weight_bytes * peak.gathers * subject.recipe.grad_accum_steps,
+        gathered_bytes=sharding.weight_bytes * peak.gathers * launch.grad_accum_steps,
         device_peak=peak.device,
         host_load=host_load,
         host_steady=host_steady,
