@@ -175,6 +175,7 @@ def _as_long_as_allowed(recipe: Recipe, rows: int) -> list[Example]:
 
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
+    """Prints the plan. Raises UserError where contradictions would keep the training from starting."""
     args, rest = parse(argv)
     given = hardware(args)
     _, recipe = parse_recipe(["--config", args.config, *rest])

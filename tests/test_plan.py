@@ -44,7 +44,7 @@ def test_counts_the_14b_model(reference: dict[str, Any]) -> None:
 
 
 def test_stage_0_just_fits_as_the_reference_saw(reference: dict[str, Any]) -> None:
-    """The reference saw 28,317.6 MB after loading. Its MB are 2^20 bytes: the weights alone are more than so many 10^6."""
+    """The reference saw 28,317.6 MB after loading, and MB there are 2^20 bytes: the weights take more than 28.3e9."""
     one = reference["by_name"]["zero0"]
     assert one["device"]["base"] / 2**20 == pytest.approx(28_317.6, rel=0.01)
     assert one["fits"] == "tight"

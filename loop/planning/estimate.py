@@ -80,6 +80,7 @@ class Subject:
 
     @cached_property
     def products(self) -> MatrixProducts:
+        """The sizes of the model's matrix products."""
         return matrix_products(self.model)
 
     def activations(self, checkpointing: str) -> Activations:
@@ -92,6 +93,7 @@ class Subject:
         return self._activations[checkpointing]
 
     def _measure(self, checkpointing: str) -> Activations:
+        """Measures the step that needs most memory."""
         try:
             return measure_step(self.model, self.work.largest(self.recipe.micro_batch_size), checkpointing)
         except Exception as error:  # a model's own code, on a device that few authors think of
@@ -127,6 +129,7 @@ class Subject:
         return self._epochs[processes]
 
     def _count_epoch(self, processes: int) -> tuple[int, int, Batch]:
+        """Counts what `epoch` returns."""
         work, batch = self.work, BatchArithmetic.of(self.recipe, processes, len(self.work.examples))
         if not work.real:
             n, t = len(work.examples), work.longest
@@ -280,6 +283,7 @@ def _host(sharding: Sharding, base: Sequence[int], on_host: Held) -> tuple[int, 
 
 
 def _seconds(flops: float, sent: LinkTraffic, hardware: Hardware) -> dict[str, float] | None:
+    """The seconds that each part of a step takes at least on one GPU; None where a speed is not given."""
     if not hardware.flops or not hardware.interconnect or not hardware.host_bus:
         return None
     return {
@@ -304,6 +308,7 @@ def recommend(estimates: Sequence[Estimate], hardware: Hardware) -> Estimate | N
 
 
 def _cost(one: Estimate) -> tuple[float, ...]:
+    """What `recommend` compares: the smaller, the better."""
     run = one.steps * (one.step_seconds or 0.0)
     # Where two differ by less than a hundredth, the one that needs less memory is better.
     rounded = round(math.log(run) * 100) if run else 0

@@ -50,10 +50,12 @@ def step_table(estimates: Sequence[Estimate], unit: float) -> str:
 
 
 def _name(one: Estimate) -> list[str]:
+    """The first two cells of a line: the configuration and its number of GPUs."""
     return [one.launch.name, str(one.launch.processes)]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """The rows as lines of text whose columns stand below one another."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
