@@ -1,7 +1,7 @@
-"""Token ids -> micro-batches: which rows each rank computes at each micro-step.
+"""Makes micro-batches of token ids: decides which rows each rank computes at each micro-step.
 
-A *window* is what one optimizer step learns from: micro_batch_size x grad_accum_steps x num_processes
-rows, the same rows whatever the number of processes.
+A *window* holds the rows that one optimizer step learns from. It has micro_batch_size x grad_accum_steps x
+num_processes rows; as long as this product stays the same, the same rows stand in the same window.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,20 +18,20 @@ Order = Sequence[int] | NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Window:
-    """One rank's share of an optimizer step, and the label tokens of the whole of it."""
+    """One rank's share of the rows of an optimizer step, and the number of tokens on all ranks together."""
 
-    micro_batches: list[MicroBatch]  # grad_accum_steps of them on every rank
-    num_label_tokens: int  # over all micro-batches of all ranks
-    num_tokens: int  # likewise, prompts and answers, each row's own and shared, without padding
+    micro_batches: list[MicroBatch]  # every rank has grad_accum_steps of them
+    num_label_tokens: int  # label tokens of all micro-batches of all ranks
+    num_tokens: int  # tokens of all rows of all ranks: prompts and answers as they stand in the rows, without padding
 
 
 def num_windows(num_rows: int, rows_per_window: int) -> int:
-    """Optimizer steps in one epoch; a last window that is not full counts."""
+    """The number of optimizer steps in an epoch; a last window that is not full counts."""
     return -(-num_rows // rows_per_window)
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of range(num_rows), its own for every epoch, the same on every rank."""
+    """A permutation of range(num_rows), which differs from epoch to epoch and is the same on every rank."""
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
@@ -45,10 +45,10 @@ def windows(
     layout: Layout,
     pad_token_id: int,
 ) -> Iterator[Window]:
-    """This rank's windows over `examples` in `order`, every row exactly once over all ranks.
+    """Yields this rank's share of each window of `examples` in `order`. Every row is computed by exactly one rank.
 
-    A micro-batch without a row gets a stand-in of weight zero, because under ZeRO every rank has to enter
-    every forward and backward.
+    A micro-batch without a row gets a stand-in of weight zero, because under ZeRO every rank has to enter every
+    forward and backward pass.
     """
     for dealt in deal(examples, order, micro_batch_size, grad_accum_steps * num_processes, layout):
         chosen = [example for rows in dealt for example in rows]
@@ -64,11 +64,11 @@ def windows(
 def deal(
     examples: Sequence[Example], order: Order, micro_batch_size: int, micro_batches: int, layout: Layout
 ) -> Iterator[list[list[Example]]]:
-    """The rows of all micro-batches of each window: first those of all ranks at the first micro-step, then so on.
+    """Yields for each window the rows of its micro-batches, ordered by micro-step and then by rank.
 
-    Within a window rows may be exchanged, for its loss is a sum. Where rows are padded, micro-batches have rows of
-    similar length; elsewhere similar numbers of tokens, so that ranks need the same time. Rows that fill no
-    window are dealt out evenly.
+    The loss of a window is a sum over its rows, so any row may stand in any of its micro-batches. In the layout padded
+    the rows of a micro-batch have similar lengths; in the other layouts all micro-batches have similar numbers of
+    tokens, so that the ranks need the same time. A last window that is not full is dealt out evenly.
     """
     for start in range(0, len(order), micro_batch_size * micro_batches):
         chosen = [examples[i] for i in order[start : start + micro_batch_size * micro_batches]]

@@ -1,8 +1,8 @@
-"""Rows -> the tensors of one micro-batch, in one of three layouts, which give the same losses and gradients.
+"""Makes the tensors of one micro-batch from rows, in one of three layouts that give the same losses and gradients.
 
-padded         B rows, each filled up on the right to the longest.
-packed         all rows behind one another in a single one, without padding; no row sees another.
-shared_prefix  as packed, but the tokens with which all rows begin stand there once, and each row sees them.
+padded         There are B rows, each filled up on the right to the length of the longest.
+packed         All examples stand behind one another in a single row, without padding; none sees another.
+shared_prefix  Like packed, but the tokens with which all examples begin stand there once, and every example sees them.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,11 @@ Layout = Literal["padded", "packed", "shared_prefix"]
 
 @dataclass(frozen=True)
 class Apart:
-    """Which tokens of a row of T tokens belong together, for loop/model/attention.py to keep the others away.
+    """Says which tokens of a row of T tokens belong to the same example; loop/model/attention.py keeps the others away.
 
-    The first `prefix` tokens are every row's. Rows of about the same length are a group [R, L] of their tokens' places,
-    a shorter row's filled up with its last one. `back` [T] finds each token in the prefix and the groups laid out.
+    The first `prefix` tokens belong to all examples. Examples of about the same length form a group: a tensor [R, L] of
+    the places of their tokens, in which a shorter example repeats the place of its last token. Attention computes the
+    prefix and then group after group; `back` [T] maps that output to the original order of the tokens.
     """
 
     prefix: int
@@ -36,25 +37,25 @@ class Apart:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B rows of T tokens; where `apart` is given, one in which all examples stand.
+    """B rows of T tokens. Where `apart` is given there is one row, in which all examples stand.
 
-    labels holds the token ids of the answers, each in its token's own place, and IGNORE_INDEX elsewhere.
+    labels holds the token ids of the answers, each in the place of its own token, and IGNORE_INDEX elsewhere.
     """
 
     input_ids: Tensor  # [B, T]
-    position_ids: Tensor | None  # [B, T], from 0 in each example; None where that is each token's place in its row
+    position_ids: Tensor | None  # [B, T], from 0 in each example; None where it is the token's place in the row
     labels: Tensor  # [B, T]
-    predicts: Tensor  # [N], of the tokens that stand before a label, their places in the batch laid out flat
-    label_ids: Tensor  # [N]
-    attention_mask: Tensor | None  # [B, T], 0 on padding; None where there is none
+    predicts: Tensor  # [N], the places (in the batch as B x T tokens in a line) of the tokens that stand before a label
+    label_ids: Tensor  # [N], the labels themselves
+    attention_mask: Tensor | None  # [B, T], 0 on padding; None where there is no padding
     apart: Apart | None
-    rows: list[int]  # row numbers in the data file; none in a stand-in
-    prefix: int  # tokens that all examples share, and which are there once
-    own: list[int]  # tokens of each example beyond these
+    rows: list[int]  # row numbers in the data file; a stand-in has none
+    prefix: int  # number of tokens that all examples share and that stand there once
+    own: list[int]  # for each example the number of its tokens after the prefix
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The model's keyword arguments."""
+        """The keyword arguments of the model."""
         every = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -64,29 +65,30 @@ class MicroBatch:
         return {name: value for name, value in every.items() if value is not None}
 
     def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch with all its tensors on `device`."""
         moved: dict[str, Any] = {name: value.to(device) for name, value in self.inputs.items()}
-        moved |= {name: getattr(self, name).to(device) for name in ("predicts", "label_ids")}  # no step needs labels
+        moved |= {name: getattr(self, name).to(device) for name in ("labels", "predicts", "label_ids")}
         return replace(self, **moved)
 
 
 def collate(examples: Sequence[Example], layout: Layout, pad_token_id: int) -> MicroBatch:
-    """One MicroBatch of the given examples."""
+    """Makes one micro-batch of the given examples."""
     if layout == "padded":
         return _padded(examples, pad_token_id)
     return _in_one_row(examples, shared_prefix(examples) if layout == "shared_prefix" else 0)
 
 
 def stand_in(example: Example, layout: Layout, pad_token_id: int) -> MicroBatch:
-    """A micro-batch whose loss and gradient are exactly zero: one example without a label."""
+    """Makes a micro-batch whose loss and gradient are exactly zero, because its one example has no label."""
     batch = collate([example], layout, pad_token_id)
     labels = torch.full_like(batch.labels, IGNORE_INDEX)
     return replace(batch, labels=labels, predicts=batch.predicts[:0], label_ids=batch.label_ids[:0], rows=[])
 
 
 def shared_prefix(examples: Sequence[Example]) -> int:
-    """Tokens with which all prompts begin. Each keeps its last token: it predicts the answer's first, which is its own.
+    """The number of tokens with which all prompts begin; 0 for a single example.
 
-    0 for one example, which shares nothing with anybody.
+    The last token of a prompt is never counted: it predicts the first token of the answer, which is the example's own.
     """
     if len(examples) == 1:
         return 0
@@ -94,8 +96,9 @@ def shared_prefix(examples: Sequence[Example]) -> int:
 
 
 def common_prefix(prompts: Sequence[list[int]]) -> int:
-    """Tokens with which all of them begin; of each one token at least is left out."""
-    first, last = min(prompts), max(prompts)  # what these two begin with, all between them in this order begin with too
+    """The number of tokens with which all prompts begin; at least the last token of each is left out."""
+    # In alphabetical order all prompts stand between the first and the last, and begin with what these two share.
+    first, last = min(prompts), max(prompts)
     shortest = min(map(len, prompts)) - 1
     return next((i for i in range(shortest) if first[i] != last[i]), shortest)
 
@@ -164,7 +167,7 @@ def _apart(prefix: int, own: Sequence[int]) -> Apart:
 
 
 def _of_similar_length(own: Sequence[int]) -> list[list[int]]:
-    """Indices in groups, in which the longest is at most a quarter and eight tokens longer than the shortest."""
+    """Groups the indices of the examples. The longest of a group has at most 1.25 x the shortest + 8 tokens."""
     groups: list[list[int]] = []
     for i in sorted(range(len(own)), key=lambda i: own[i]):
         if groups and own[i] <= 1.25 * own[groups[-1][0]] + 8:
@@ -175,6 +178,6 @@ def _of_similar_length(own: Sequence[int]) -> list[list[int]]:
 
 
 def _predictions(labels: Tensor) -> dict[str, Tensor]:
-    """No row begins with a label, so the token before it is of the same row."""
+    """The label ids, and the places of the tokens before them, which predict them and are of the same example."""
     places = (labels.flatten() != IGNORE_INDEX).nonzero().flatten()
     return {"predicts": places - 1, "label_ids": labels.flatten()[places]}

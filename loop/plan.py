@@ -1,4 +1,4 @@
-"""What a run will need before it starts, without weights, without a GPU and without starting anything.
+"""Says what a run will need, without weights, without a GPU and without starting anything.
 
 python -m loop.plan --config RECIPE [--accel YAML …] [--gpus 2 --gpu-memory 32GB --host-memory 180GB] [--card NAME]
 """
@@ -18,11 +18,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data.batch import num_windows
 from data.errors import UserError
 from data.examples import Example
 from data.layout import Layout
 from data.rows import count_rows
+from loop.batch_arithmetic import BatchArithmetic, settle_accumulation
 from loop.engine.environment import set_up_environment
 from loop.guard.process import exit_codes
 from loop.model.build import WEIGHT_DTYPES, Data, add_adapters, set_layout
@@ -38,7 +38,7 @@ UNITS = {"": 1, "mb": 2**20, "mib": 2**20, "gb": 2**30, "gib": 2**30, "tb": 2**4
 
 
 def memory(text: str) -> float:
-    """Bytes of a memory as it is sold: 32GB are 32 x 2^30."""
+    """The bytes of a memory, with the units in which memory is sold: 32GB are 32 x 2^30 bytes."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if not found or found[2] not in UNITS or not (value := float(found[1]) * UNITS[found[2]]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size. Give one as 32GB")
@@ -46,6 +46,7 @@ def memory(text: str) -> float:
 
 
 def rate(text: str) -> float:
+    """A number above 0."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} has to be above 0")
@@ -53,7 +54,7 @@ def rate(text: str) -> float:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The plan's own options, and those of the recipe."""
+    """Splits the command line into the plan's own options and those of the recipe."""
     parser = argparse.ArgumentParser(
         prog="python -m loop.plan", description=__doc__, epilog="Every other option is the recipe's: --optim.lr 3e-5."
     )
@@ -61,8 +62,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--accel", nargs="+", help="accelerate YAMLs (default: all of accel_configs/, but NVMe)")
     parser.add_argument("--gpus", nargs="+", type=int, help="numbers of GPUs (default 1 2 4 8, or each YAML's own)")
     parser.add_argument("--card", choices=sorted(CARDS), help="a known GPU: its memory and speeds")
-    parser.add_argument("--gpu-memory", type=memory, help="of one GPU, as 32GB (of 2^30 bytes)")
-    parser.add_argument("--host-memory", type=memory, help="of the machine, as 180GB")
+    parser.add_argument("--gpu-memory", type=memory, help="memory of one GPU, as 32GB (of 2^30 bytes)")
+    parser.add_argument("--host-memory", type=memory, help="memory of the machine, as 180GB")
     parser.add_argument("--gpu-flops", type=rate, help="dense bf16 FLOP/s of one GPU, as 165e12")
     parser.add_argument("--interconnect", type=rate, help="bytes a second between GPUs, one way, as 32e9")
     parser.add_argument("--host-bus", type=rate, help="bytes a second between a GPU and the host, as 32e9")
@@ -74,6 +75,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def hardware(args: argparse.Namespace) -> Hardware:
+    """The hardware of the options; what they leave out comes from --card, and a GPU's memory from this machine."""
     card = CARDS.get(args.card)
     here = float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
     return Hardware(
@@ -86,9 +88,8 @@ def hardware(args: argparse.Namespace) -> Hardware:
 
 
 def model_without_weights(recipe: Recipe, precision: str) -> Any:
-    """A PeftModel on the meta device, from a folder, from what was downloaded before, or from a shape of ours.
-
-    Raises UserError where none of the three is there.
+    """Builds the adapted model on the meta device from the config.json of a folder, of an earlier download, or of
+    loop/shapes/. Raises UserError where there is none of the three.
     """
     name = find_model(recipe.model.name_or_path)
     ours = ROOT / "loop" / "shapes" / Path(name).name
@@ -96,7 +97,7 @@ def model_without_weights(recipe: Recipe, precision: str) -> Any:
         config = AutoConfig.from_pretrained(
             name, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
         )
-    except Exception as error:  # transformers has many for what is not there, or damaged
+    except Exception as error:  # transformers raises many kinds for a file that is missing or damaged
         if Path(name).is_dir() or not ours.is_dir():
             raise UserError(
                 f"model.name_or_path {name}: no config.json on this machine that can be read: {str(error)[:200]}\n"
@@ -111,7 +112,7 @@ def model_without_weights(recipe: Recipe, precision: str) -> Any:
                 attn_implementation="sdpa",
                 trust_remote_code=recipe.model.trust_remote_code,
             )
-            return add_adapters(model, recipe).to(WEIGHT_DTYPES[precision])  # PEFT leaves them fp32 on this device
+            return add_adapters(model, recipe).to(WEIGHT_DTYPES[precision])  # PEFT makes fp32 adapters on this device
     except UserError:
         raise
     except Exception as error:
@@ -119,13 +120,14 @@ def model_without_weights(recipe: Recipe, precision: str) -> Any:
 
 
 def launches(args: argparse.Namespace, recipe: Recipe, model: Any, found: Findings) -> list[Launch]:
-    """Every configuration for every number of GPUs; one that contradicts the recipe becomes a problem."""
+    """Reads every configuration for every number of GPUs. One that contradicts the recipe becomes a problem."""
     files = args.accel or sorted(str(path) for path in (ROOT / "accel_configs").glob("*.yaml"))
     if not args.accel:
         files += sorted(str(path) for path in (ROOT / "accel_configs" / "reference").glob("*.yaml"))
+    numbers = args.gpus or ([None] if args.accel else usual_numbers(recipe, found))
     result: list[Launch] = []
     for file in files:
-        for gpus in args.gpus or ([None] if args.accel else [1, 2, 4, 8]):
+        for gpus in numbers:
             launch = found.attempt(partial(read_launch, file, recipe, model, gpus))
             if launch is None:
                 break
@@ -134,10 +136,23 @@ def launches(args: argparse.Namespace, recipe: Recipe, model: Any, found: Findin
     return result
 
 
-def measure_work(recipe: Recipe, base: Any, found: Findings) -> tuple[Work | None, str, str, Data | None]:
-    """The rows, how they share a micro-batch, the first of them as text, all of them. None after a problem.
+def usual_numbers(recipe: Recipe, found: Findings) -> list[int]:
+    """The usual numbers of GPUs, without those that cannot share the rows of a step; notes say which and why."""
+    possible = []
+    for gpus in (1, 2, 4, 8):
+        try:
+            settle_accumulation(recipe, gpus)
+            possible.append(gpus)
+        except UserError as error:
+            found.notes.append(f"{gpus} GPUs are left out: {error}")
+    return possible
 
-    Without a tokenizer every row is taken for one of max_length tokens, all but one of them learned.
+
+def measure_work(recipe: Recipe, base: Any, found: Findings) -> tuple[Work | None, str, str, Data | None]:
+    """Returns the rows to plan for, the layout and the reason for it, the first rows as text, and the data.
+
+    The rows are None after a problem. Without a tokenizer every row is assumed to have max_length tokens, of which all
+    but the first are learned.
     """
     tokenizer = open_tokenizer(recipe, found)
     data = read_data(recipe, tokenizer, found)
@@ -153,12 +168,14 @@ def measure_work(recipe: Recipe, base: Any, found: Findings) -> tuple[Work | Non
 
 
 def _as_long_as_allowed(recipe: Recipe, rows: int) -> list[Example]:
-    answer = [0] * (recipe.data.max_length - 1)  # one list for all
+    """So many rows of max_length tokens."""
+    answer = [0] * (recipe.data.max_length - 1)  # all rows share this list
     return [Example(number, [0], answer) for number in range(1, rows + 1)]
 
 
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
+    """Prints the plan. Raises UserError where contradictions would keep the training from starting."""
     args, rest = parse(argv)
     given = hardware(args)
     _, recipe = parse_recipe(["--config", args.config, *rest])
@@ -174,9 +191,10 @@ def main(argv: Sequence[str]) -> None:
     planned = launches(args, recipe, model, found)
     estimates = [estimate(subject, launch, given) for launch in planned] if work else []
     if work:
-        rows = recipe.micro_batch_size * recipe.grad_accum_steps * (planned[0].processes if planned else 1)
-        num_rows = len(work.examples)
-        contradictions(recipe, data, model, recipe.epochs * num_windows(num_rows, rows), num_rows, found)
+        num_rows, processes = len(work.examples), planned[0].processes if planned else 1
+        batch = found.attempt(lambda: BatchArithmetic.of(recipe, processes, num_rows))
+        if batch:
+            contradictions(recipe, data, model, batch.total_steps, num_rows, found)
     found.problems[:] = dict.fromkeys(found.problems)
     if args.json:
         print(json.dumps(as_json(recipe, subject, batching, estimates, given, found), indent=2, ensure_ascii=False))

@@ -92,6 +92,33 @@ def test_models_of_other_kinds(config: Any, memory: type[Memory]) -> None:
     assert "(auto)" in found.said["gradient checkpointing"]
 
 
+def test_the_model_is_left_as_it_was(memory: type[Memory], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring needs another attention and another precision, which are those of a copy."""
+    monkeypatch.setattr("loop.planning.decisions.mixed_precision", lambda accelerator: "bf16")
+    adapted: Any = add_adapters(base(), RECIPE)
+
+    def description() -> tuple[object, ...]:
+        dtypes = {name: parameter.dtype for name, parameter in adapted.named_parameters()}
+        settings = adapted.get_base_model().config.to_dict()
+        modules = {name: (type(inner), inner.training, sorted(vars(inner))) for name, inner in adapted.named_modules()}
+        return dtypes, settings, adapted.get_base_model().config._attn_implementation, modules
+
+    before = description()
+    data = Data(unequal_rows(), [], 0)
+    found = decide(replace(RECIPE, batching="packed"), data, adapted, Accelerator(cpu=True))
+    assert found.checkpointing == "none"
+    assert description() == before
+
+
+def test_what_is_decided_is_written_into_the_recipe(memory: type[Memory]) -> None:
+    memory.available = 1
+    recipe = replace(RECIPE, batching="auto")
+    found = decide(recipe, Data(unequal_rows(), [], 0), add_adapters(base(), recipe), Accelerator(cpu=True))
+    written = found.write_into(recipe)
+    assert (written.batching, written.gradient_checkpointing) == (found.layout, "non_reentrant")
+    assert replace(written, batching="auto", gradient_checkpointing="auto") == recipe
+
+
 def test_asks_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     class Card:
         total_memory = 10**12

@@ -1,8 +1,11 @@
+from typing import get_args
+
 import pytest
+import torch
 
 from data.batch import Order, Window, epoch_order, num_windows, windows
 from data.examples import Example
-from data.layout import IGNORE_INDEX, Layout
+from data.layout import IGNORE_INDEX, Layout, collate
 
 
 def make(count: int) -> list[Example]:
@@ -69,3 +72,16 @@ def test_order_is_a_permutation_of_its_own_each_epoch() -> None:
     assert orders[0] != orders[1] != orders[2]
     assert epoch_order(100, 42, 1).tolist() == orders[1]
     assert epoch_order(100, 43, 1).tolist() != orders[1]
+
+
+@pytest.mark.parametrize("layout", get_args(Layout))
+def test_all_of_a_micro_batch_moves(layout: Layout) -> None:
+    """To the meta device, because no other one is at hand everywhere."""
+    made = collate([Example(1, [1, 2], [3]), Example(2, [1, 4], [5, 6])], layout, 0)
+    moved = made.to(torch.device("meta"))
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    if moved.apart is not None:
+        tensors += [*moved.apart.groups, moved.apart.back]
+    assert len(tensors) >= 4
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.labels.shape == made.labels.shape

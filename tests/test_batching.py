@@ -10,12 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Mistral
 from data.batch import windows
 from data.errors import UserError
 from data.examples import Example
+from loop.batch_arithmetic import BatchArithmetic
 from loop.planning.batching import COUNTED, LAYOUTS, choose_layout, count_tokens
 from loop.recipe import Recipe, parse_recipe
 from tests.equality import TINY
 from tests.test_head import SIZES
 
-RECIPE = parse_recipe(["--micro_batch_size", "4", "--grad_accum_steps", "2"])[1]
+RECIPE = parse_recipe(["--micro_batch_size", "4", "--grad_accum_steps", "2", "--rows_per_step", "null"])[1]
 
 
 def base(**more: Any) -> Any:
@@ -50,7 +51,7 @@ def test_said_is_done(layout: Any) -> None:
 @pytest.mark.parametrize("examples", [EQUAL, UNEQUAL, SHARED, SHARED[:7]])
 def test_counts_what_the_micro_batches_hold(layout: Any, examples: list[Example]) -> None:
     order = list(range(len(examples)))
-    counted = count_tokens(RECIPE, examples, order, 2, layout)
+    counted = count_tokens(BatchArithmetic.of(RECIPE, 2, len(examples)), examples, order, layout)
     made = [
         batch
         for rank in range(2)

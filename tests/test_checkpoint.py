@@ -93,7 +93,7 @@ def test_the_best_and_the_one_resumed_from_stay(model: PeftModel, tmp_path: Path
     for p in optimizer.param_groups[0]["params"]:
         optimizer.state[p] = {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     for step in (5, 6):
-        save_checkpoint(model, optimizer, tmp_path, state(step, 5.0), 1, resumed, Accelerator(cpu=True))
+        save_checkpoint(model, optimizer, tmp_path, state(step, 5.0), 1, resumed.folder, Accelerator(cpu=True))
     assert names(tmp_path) == ["step-000002", "step-000004", "step-000006"]
 
 

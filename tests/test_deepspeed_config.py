@@ -1,4 +1,4 @@
-"""What the launcher says in environment variables, and who wins when it and the recipe name one number."""
+"""DeepSpeed's configuration from the launcher's variables, and the errors where launcher and recipe disagree."""
 
 import json
 from pathlib import Path

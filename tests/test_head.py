@@ -155,7 +155,7 @@ def test_looking_at_the_head_leaves_the_model_as_it_was() -> None:
 
 
 def test_a_bias_of_lm_head_counts() -> None:
-    """Phi has one."""
+    """Phi is an architecture whose lm_head has a bias."""
     base = AutoModelForCausalLM.from_config(PhiConfig(**SIZES), dtype=torch.float32)
     torch.nn.init.normal_(base.lm_head.bias)
     assert has_plain_head(base)

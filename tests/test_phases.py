@@ -4,13 +4,18 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from data.batch import Window
+from data.examples import Example
+from data.layout import collate
 from loop.measure import phases
-from loop.measure.phases import Account, measured
+from loop.measure.phases import STEP, Account, measured
+from loop.step import train_step
 from tests.distributed.launching import ROOT, start
 
 
@@ -101,6 +106,57 @@ def test_a_phase_ends_with_an_exception(account: Account) -> None:
         with pytest.raises(OSError):  # noqa: PT011
             fails()
         assert account.phase == "other"
+
+
+def test_a_whole_phase_lets_no_other_begin(account: Account, clock: Clock) -> None:
+    """Resuming takes a step that is none of the run's: its seconds are those of loading."""
+    account.enter("other")
+    with measured("load", whole=True):
+        clock.tick(1)
+        with measured("forward"):
+            clock.tick(2)
+        clock.tick(4)
+    with measured("forward"):
+        clock.tick(8)
+    account.enter("other")
+    assert {phase: cost.seconds for phase, cost in account.costs.items()} == {
+        **{"start": 0, "other": 0, "load": 7, "forward": 8}
+    }
+
+
+def test_a_step_goes_through_its_phases(account: Account, clock: Clock) -> None:
+    """Each stand-in below takes its own time, so that the seconds of a phase tell what was done in it."""
+    weight = torch.nn.Parameter(torch.ones(2))
+
+    class Model(torch.nn.Module):
+        def forward(self, **inputs: Any) -> torch.Tensor:
+            clock.tick(1)
+            loss: torch.Tensor = Slow.apply(weight.sum())  # type: ignore[no-untyped-call]
+            return loss
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            clock.tick(10)
+            return gradients[0]
+
+    class Optimizer(torch.optim.SGD):
+        def step(self, *arguments: Any) -> None:  # type: ignore[override]
+            clock.tick(100)
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    model, optimizer = accelerator.prepare(Model(), Optimizer([weight], lr=0.1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: 1.0)
+    window = Window([collate([Example(1, [1], [2])], "padded", 0)] * 3, num_label_tokens=3, num_tokens=6)
+    for each in account.steps([window, window]):
+        train_step(each, model, optimizer, schedule, 1.0, accelerator)
+    costs = {phase: (account.costs[phase].count, account.costs[phase].seconds) for phase in STEP if phase != "data"}
+    assert costs == {"forward": (6, 6), "backward": (6, 60), "update": (2, 200)}
+    assert account.step_seconds == [133, 133]
 
 
 def test_collectives_are_counted_by_kind_and_size(tmp_path: Path) -> None:

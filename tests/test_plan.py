@@ -1,4 +1,4 @@
-"""python -m loop.plan: what it says of the reference's hardware, what it recommends, and bad input."""
+"""python -m loop.plan: what it says about the reference's hardware, what it recommends, and what it refuses."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def reference() -> dict[str, Any]:
 
 
 def test_counts_the_14b_model(reference: dict[str, Any]) -> None:
-    """By hand, from its config.json and LoRA's rank 8."""
+    """The expected numbers are computed by hand from the model's config.json and LoRA's rank 8."""
     hidden, kv, inner, layers, vocabulary = 5120, 1024, 13824, 48, 152064
     attention = 2 * hidden**2 + 2 * hidden * kv + hidden + 2 * kv  # with the biases of q, k and v
     layer = attention + 3 * hidden * inner + 2 * hidden
@@ -44,7 +44,7 @@ def test_counts_the_14b_model(reference: dict[str, Any]) -> None:
 
 
 def test_stage_0_just_fits_as_the_reference_saw(reference: dict[str, Any]) -> None:
-    """It saw 28,317.6 MB (of 2^20 bytes: less than that the weights alone do not take) after loading."""
+    """The reference saw 28,317.6 MB after loading, and MB there are 2^20 bytes: the weights take more than 28.3e9."""
     one = reference["by_name"]["zero0"]
     assert one["device"]["base"] / 2**20 == pytest.approx(28_317.6, rel=0.01)
     assert one["fits"] == "tight"
@@ -58,7 +58,7 @@ def test_stages_1_and_2_change_almost_nothing(reference: dict[str, Any]) -> None
 
 
 def test_stage_3_with_offload_needs_least_gpu_and_most_host_memory(reference: dict[str, Any]) -> None:
-    """A process of the reference took 27,213 MB of host memory: more than its half of the weights, which is pinned."""
+    """A process of the reference took 27,213 MB of host memory, more than its half of the weights, which is pinned."""
     ours = reference["by_name"]["reference/stage3_offload"]
     others = [one for one in reference["estimates"] if not one["name"].endswith("3_offload")]
     assert all(ours["device_peak"] < one["device_peak"] for one in others)
@@ -110,21 +110,43 @@ def test_time_is_bound_by_the_slowest_part(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    ("recipe", "micro_batch_size", "memory", "said"),
+    ("recipe", "micro_batch_size", "rows", "memory", "said"),
     [
-        ([*TINY, "--gradient_checkpointing", "none"], 256, "0.75GB", "Set gradient_checkpointing to non_reentrant"),
-        (TINY, 256, "0.65GB", "Set micro_batch_size to 128 (it is 256): then zero3 fits."),
-        (REFERENCE, 16, "14GB", "Give it --gpus 4: then zero3 fits"),
-        (TINY, 16, "0.1GB", "The least is zero3 with 0.6 GB a GPU"),
+        (
+            [*TINY, "--gradient_checkpointing", "none"],
+            256,
+            512,
+            "0.75GB",
+            "Set gradient_checkpointing to non_reentrant",
+        ),
+        (TINY, 256, 512, "0.65GB", "Set micro_batch_size to 128 (it is 256): then zero3 fits."),
+        (REFERENCE, 16, 64, "14GB", "Give it --gpus 4: then zero3 fits"),
+        (REFERENCE, 16, 32, "14GB", "Give it --gpus 4 --micro_batch_size 8: then zero3 fits"),
+        (TINY, 16, 32, "0.1GB", "The least is zero3 with 0.6 GB a GPU"),
     ],
 )
 def test_says_which_one_number_to_change(
-    recipe: list[str], micro_batch_size: int, memory: str, said: str, capsys: pytest.CaptureFixture[str]
+    recipe: list[str], micro_batch_size: int, rows: int, memory: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wide = ["--micro_batch_size", str(micro_batch_size), "--accel", str(CONFIGS / "zero3.yaml"), "--gpus", "2"]
-    result = planned([*recipe, *wide, "--gpu-memory", memory], capsys)
+    batch = ["--micro_batch_size", str(micro_batch_size), "--rows_per_step", str(rows)]
+    on_two = ["--accel", str(CONFIGS / "zero3.yaml"), "--gpus", "2", "--gpu-memory", memory]
+    result = planned([*recipe, *batch, *on_two], capsys)
     assert result["recommended"] is None
     assert said in result["advice"]
+
+
+def test_every_number_of_gpus_learns_the_same_rows_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """32 rows a step are 57 steps of 1,798 rows, on one GPU in two micro-batches of 16. Four GPUs cannot share them."""
+    zero0 = str(CONFIGS / "zero0.yaml")
+    result = planned([*TINY, "--epochs", "1", "--accel", zero0, "--gpus", "1", "2", "--micro_batch_size", "16"], capsys)
+    assert [(one["processes"], one["steps"]) for one in result["estimates"]] == [(1, 57), (2, 57)]
+    assert [one["launch"]["grad_accum_steps"] for one in result["estimates"]] == [2, 1]
+    usual = planned([*TINY, "--epochs", "1", "--micro_batch_size", "16"], capsys)
+    assert {one["processes"] for one in usual["estimates"]} == {1, 2}
+    assert [note for note in usual["notes"] if note.startswith("4 GPUs are left out: rows_per_step is 32")]
+    with pytest.raises(SystemExit):
+        main([*TINY, "--accel", zero0, "--gpus", "4"])
+    assert "Set --micro_batch_size 8" in capsys.readouterr().out
 
 
 def test_dry_run_shows_rows_masks_and_configuration(
@@ -168,7 +190,7 @@ def test_bad_input_ends_with_one_message(argv: list[str], said: str, capsys: pyt
 
 
 def test_every_contradiction_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A YAML that names another accumulation, a file of rows that is not there, a run folder that is taken."""
+    """The YAML names another clipping, a file of rows does not exist, and the run folder is taken."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "something").touch()
     config = (

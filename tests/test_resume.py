@@ -3,19 +3,23 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from data.errors import UserError
+from loop.batch_arithmetic import BatchArithmetic
 from loop.recipe import parse_recipe
-from loop.saving.resume import SAMPLE, SAMPLES, check_resumable, fingerprint
+from loop.saving.checkpoint import Checkpoint
+from loop.saving.resume import SAMPLE, SAMPLES, check_resumable, fingerprint, keep_decisions
 from tests.hostile import TINY, flip_bit
 
 
 def model_sha256(folder: Path, *arguments: str) -> str:
     recipe = parse_recipe(["--model.name_or_path", str(folder), *arguments])[1]
-    return str(fingerprint(recipe, Accelerator(cpu=True))["model_sha256"])
+    return str(fingerprint(recipe, BatchArithmetic.of(recipe, 1, 7), Accelerator(cpu=True))["model_sha256"])
 
 
 def test_a_copy_is_the_same_model(tmp_path: Path) -> None:
@@ -46,8 +50,44 @@ def test_what_transformers_also_reads(name: str, tmp_path: Path) -> None:
 
 def test_not_every_rank_has_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loop.saving.resume.gather_object", lambda mine: [*mine, 8])
+    recipe = parse_recipe([])[1]
     with pytest.raises(UserError, match=r"their steps are \[None, 8\]"):
-        check_resumable(None, parse_recipe([])[1], 10, Accelerator(cpu=True))
+        check_resumable(None, {}, recipe, BatchArithmetic.of(recipe, 1, 7), Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "kept"),
+    [
+        (("packed", "none"), (), ("packed", "none")),
+        (("packed", "reentrant"), ("--batching", "padded"), ("padded", "reentrant")),
+        (("packed", "none"), ("--gradient_checkpointing", "non_reentrant"), ("packed", "non_reentrant")),
+        (("auto", "auto"), (), ("auto", "auto")),
+    ],
+)
+def test_what_was_decided_is_kept_where_the_recipe_says_auto(
+    then: tuple[str, str], now: tuple[str, ...], kept: tuple[str, str]
+) -> None:
+    """The last case is a checkpoint of an older version, which holds auto itself."""
+    known = {"run": {"recipe": {"batching": then[0], "gradient_checkpointing": then[1]}}}
+    recipe = keep_decisions(Checkpoint(Path("step-000001"), known, {}, {}), parse_recipe(now)[1])
+    assert (recipe.batching, recipe.gradient_checkpointing) == kept
+
+
+def test_rank_0_alone_reads_the_training_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 gets what rank 0 has found, and reads nothing."""
+
+    class Rank1:
+        is_main_process = False
+        distributed_type = DistributedType.MULTI_CPU
+        mixed_precision = "no"
+
+    told = {"model_sha256": "a", "train_file_sha256": "b"}
+    monkeypatch.setattr("loop.engine.accelerator.broadcast_object_list", lambda values: values)
+    monkeypatch.setattr("loop.saving.resume.broadcast_object_list", lambda values: values.__setitem__(0, told))
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("a file was read"))
+    recipe, accelerator = parse_recipe([])[1], cast(Any, Rank1())
+    found = fingerprint(recipe, BatchArithmetic.of(recipe, 2, 7), accelerator)
+    assert (found["model_sha256"], found["train_file_sha256"], found["rows_per_step"]) == ("a", "b", 32)
 
 
 def test_of_large_files_samples_are_read(tmp_path: Path) -> None:

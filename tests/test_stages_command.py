@@ -395,3 +395,13 @@ def test_only_whole_lines_of_metrics_count(tmp_path: Path) -> None:
     assert last_step(file) == 0
     file.write_text("".join(json.dumps({"step": step, "x": "y" * 100}) + "\n" for step in range(1000)) + '{"step": 7')
     assert last_step(file) == 999
+
+
+def test_the_recipes_rows_of_a_step_are_those_of_every_configuration(tmp_path: Path) -> None:
+    """32 rows in micro-batches of 16, whatever the largest number of processes in the list."""
+    out = ["--out", str(tmp_path / "rows"), "--accel", accel(tmp_path, "on1", num_processes=1), ZERO3]
+    comparison = stages.parse(out)[0]
+    assert comparison.rows_per_step == 32
+    assert [comparison.grad_accum_steps(each) for each in comparison.configurations] == [2, 1]
+    with pytest.raises(UserError, match=r"x\.yaml: rows_per_step is 32, but micro_batch_size 16 x 3 processes = 48"):
+        stages.parse([*out[:2], "--accel", accel(tmp_path, "x", num_processes=3)])

@@ -16,7 +16,8 @@ SMALL = {"reduce_bucket_size": 10, "stage3_param_persistence_threshold": 0}
 
 
 def test_bytes_a_trainable_parameter() -> None:
-    """In bf16, as ZeRO counts (arXiv 1910.02054, section 3.1): 2 + 2 + 12, and a gradient cast for the update."""
+    """ZeRO counts 2 + 2 + 12 bytes for each parameter that trains in bf16 (arXiv 1910.02054, section 3.1). DeepSpeed
+    also casts the gradient to fp32 for the update."""
     device, host = held(Sharding(0, 2, 2, {}), BASE, ADAPTERS)
     assert (device.base, device.adapters, device.optimizer) == (2 * 1607, 2 * 120, 12 * 120)
     assert device.gradients == (2 + 4) * 120
@@ -69,7 +70,7 @@ def test_traffic_is_a_rings() -> None:
 
 
 def chain() -> tuple[torch.nn.Sequential, list[Event]]:
-    """Four layers of 100 weights, forward and backward; 10 bytes of activations throughout."""
+    """A model of four layers with 100 weights each, and the events of its step; activations always take 10 bytes."""
     model = torch.nn.Sequential(*(torch.nn.Linear(10, 10, bias=False) for _ in range(4))).requires_grad_(False)
     order = [("0", False), ("1", False), ("2", False), ("3", False), ("3", True), ("2", True), ("1", True), ("0", True)]
     return model, [Event(kind, back, name, 10) for name, back in order for kind in KINDS]

@@ -15,6 +15,7 @@ from data.batch import num_windows
 from data.errors import UserError
 from eval.comparing.accel_files import Configuration, read_configurations
 from eval.peak import machine, matmul_peak
+from loop.batch_arithmetic import settle_accumulation
 from loop.model.build import build_data, build_tokenizer, check_model
 from loop.recipe import Recipe, parse_recipe, recipe_as_dict
 from loop.saving.run_folder import PACKAGES, write_json
@@ -57,13 +58,15 @@ def plan(
     of_others = (values["num_processes"] for values in known.get("accel_values", {}).values())
     most = max(*(configuration.num_processes for configuration in configurations), *of_others, 1)
     for configuration in configurations:
-        if recipe.grad_accum_steps * most % configuration.num_processes:
+        if recipe.rows_per_step is not None:
+            _check_shares(recipe, configuration)
+        elif recipe.grad_accum_steps * most % configuration.num_processes:
             raise UserError(
                 f"--accel {configuration.file}: {configuration.num_processes} processes cannot learn from the batch of "
                 f"{most}: grad_accum_steps {recipe.grad_accum_steps} x {most} is no multiple of "
                 f"{configuration.num_processes}. Give another --grad_accum_steps after --."
             )
-    rows_per_step = recipe.micro_batch_size * recipe.grad_accum_steps * most
+    rows_per_step = recipe.rows_per_step or recipe.micro_batch_size * recipe.grad_accum_steps * most
     comparison = Comparison(
         out=out,
         recipe_name=name,
@@ -79,6 +82,14 @@ def plan(
     )
     _check_same(comparison)
     return comparison
+
+
+def _check_shares(recipe: Recipe, configuration: Configuration) -> None:
+    """Raises UserError when the configuration's processes cannot share the recipe's rows_per_step."""
+    try:
+        settle_accumulation(recipe, configuration.num_processes)
+    except UserError as error:
+        raise UserError(f"--accel {configuration.file}: {error}") from error
 
 
 def _read_known(out: Path) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def _act_as_one_launched_process() -> None:
 
 
 def _deepspeed_plugin(recipe: Recipe, num_processes: int) -> DeepSpeedPlugin:
+    """accelerate's plugin with our DeepSpeed configuration; rank 0 says which extensions will be built."""
     config = deepspeed_config(recipe, num_processes)
     if os.environ.get("RANK", "0") == "0":
         announce_builds(config["zero_optimization"])

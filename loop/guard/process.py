@@ -1,4 +1,4 @@
-"""How a command ends that cannot go on: one message and an exit code, no traceback."""
+"""Ends a command that cannot go on: with one message and an exit code, without a traceback."""
 
 import os
 import signal
@@ -10,16 +10,16 @@ from typing import NoReturn
 
 from data.errors import UserError
 
-SECONDS_TO_SPEAK = 60.0  # at most, for rank 0 and for what is wrong on this rank perhaps alone
-SECONDS_TO_STOP = 3.0  # at most, for rank 0 and for what all ranks have agreed on
+SECONDS_TO_SPEAK = 60.0  # that other ranks give rank 0 to print an error, before they print their own
+SECONDS_TO_STOP = 3.0  # that other ranks give rank 0 to end after a signal on which all have agreed
 
 
 class RunError(RuntimeError):
-    """Something that stopped a run on its way, on all ranks alike. Its text says what, and what to do. Exit code 1."""
+    """An error in the middle of a run, the same on all ranks. Its text says what to do. The exit code is 1."""
 
 
 class Stopped(Exception):
-    """A run was asked to stop by signal `number`, and did. Exit code 128 + number."""
+    """A run has stopped because signal `number` asked it to. The exit code is 128 + number."""
 
     def __init__(self, number: int, text: str) -> None:
         super().__init__(text)
@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Around a command: every rank comes to the same verdict and leaves; rank 0 says why."""
+    """Makes an exit code of the errors of a command. Every rank meets the same error and ends; rank 0 prints it."""
     try:
         yield
     except UserError as error:
@@ -47,26 +47,27 @@ def _leave(code: int, text: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         _wait_for_the_launcher(code, SECONDS_TO_SPEAK)
-        text = f"{text} (rank {rank})"  # still here: it is wrong on this rank alone
+        text = f"{text} (rank {rank})"  # this process still lives, so rank 0 did not meet the error
     print(text, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def _wait_for_the_launcher(code: int, seconds: float) -> None:
-    """Rank 0 speaks and goes first, because a launcher ends the others by SIGTERM as soon as one is gone.
+    """Waits for the launcher's SIGTERM, at most `seconds`, so that rank 0 prints its message and ends first.
 
-    A launcher that was told to stop itself has sent its SIGTERM already, and kills half a minute later.
+    The launcher ends all other ranks by SIGTERM as soon as one has ended. A launcher that was itself told to stop has
+    sent its SIGTERM before, and kills the ranks half a minute later.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
     time.sleep(seconds)
 
 
 def end_process(main: Callable[[Sequence[str]], None]) -> None:
-    """Calls main with the command line, and ends with its exit code but without Python's own shutdown.
+    """Calls main with the command line, and ends the process with main's exit code but without Python's own shutdown.
 
-    In that, a thread of gloo or autograd that still lets go of a tensor aborts a process whose work is done
-    (pytorch/pytorch#190489), and a tracker's exit hook may wait for a network. So no exit hook runs, and main leaves
-    everything written. A debugger keeps Python's way, and with it its look at an exception.
+    In that shutdown a thread of gloo or autograd that still releases a tensor may abort a process whose work is done
+    (pytorch/pytorch#190489), and the exit hook of a tracker may wait for a network. So no exit hook runs, and main has
+    to have written everything. Under a debugger Python shuts down as usual, so that the debugger can show an exception.
     """
     if sys.gettrace() is not None:
         return main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, counted from the model's matrix products."""
+"""Counts the floating-point operations of a step from the sizes of the model's matrix products."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,12 @@ from loop.internals.deepspeed_internals import numel_of
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows computed together or one after the other."""
+    """The sizes of some rows from which operations are counted."""
 
     rows: int = 0
     tokens: int = 0
     label_tokens: int = 0
-    squared: int = 0  # sum over tokens of those they attend to, the later ones included: what attention grows with
+    squared: int = 0  # pairs of tokens that attention computes, those with a later token included
 
     def __add__(self, other: "Batch") -> "Batch":
         return Batch(
@@ -28,7 +28,7 @@ class Batch:
 
 
 def count(micro_batch: MicroBatch) -> Batch:
-    """Of the real rows, without padding, and with what they share once; a stand-in counts nothing."""
+    """Counts the real rows without padding; a prefix that they share counts once, and a stand-in counts nothing."""
     if not micro_batch.rows:
         return Batch()
     n = micro_batch.prefix
@@ -41,7 +41,7 @@ def count(micro_batch: MicroBatch) -> Batch:
 
 
 def count_computed(micro_batch: MicroBatch) -> Batch:
-    """With all padding; a stand-in counts as well."""
+    """Counts what is computed: padding counts, and so does a stand-in."""
     b, t = micro_batch.input_ids.shape
     label_tokens, n = len(micro_batch.label_ids), micro_batch.prefix
     squared = b * t * t
@@ -52,30 +52,31 @@ def count_computed(micro_batch: MicroBatch) -> Batch:
 
 @dataclass(frozen=True)
 class MatrixProducts:
-    """Sizes of a model's matrix products, in weights (elements)."""
+    """The sizes of a model's matrix products, in weights (elements)."""
 
-    base: int  # of all frozen linear layers but the output embedding
-    adapters: int  # LoRA's, trainable
-    head: int  # of the output embedding, which only label positions go through
-    attention: int  # layers x heads x head size: the width of all attention together
+    base: int  # all frozen linear layers except the output embedding
+    adapters: int  # LoRA's trainable matrices
+    head: int  # the output embedding, which is computed for label positions only
+    attention: int  # layers x heads x head size: the width of the attention of all layers together
     layers: int = 1
 
     def forward_flops(self, batch: Batch) -> int:
-        """Two for each weight and token; attention multiplies queries with keys, and weights with values."""
+        """Counts two operations a weight and token. Attention multiplies queries by keys and weights by values."""
         per_token = 2 * (self.base + self.adapters) * batch.tokens
         return per_token + 2 * self.head * batch.label_tokens + 4 * self.attention * batch.squared
 
     def model_flops(self, batch: Batch) -> int:
-        """Forward and backward, without recomputation.
+        """Counts a forward and a backward pass without recomputation.
 
-        A frozen weight has an input gradient only, an adapter's a weight gradient too: 4 and 6 for each weight and
-        token. Attention's backward is twice its forward, its causal half not subtracted (PaLM, arXiv 2204.02311, B).
+        A frozen weight takes 4 operations a token, because it has an input gradient only; a weight of an adapter takes
+        6, because it has a weight gradient too. The backward pass of attention takes twice its forward pass, and the
+        half that the causal mask hides is not subtracted (PaLM, arXiv 2204.02311, appendix B).
         """
         per_token = (4 * self.base + 6 * self.adapters) * batch.tokens
         return per_token + 4 * self.head * batch.label_tokens + 12 * self.attention * batch.squared
 
     def computed_flops(self, batch: Batch, recomputes: bool) -> int:
-        """Of a step on `batch`; with gradient checkpointing every layer's forward but the last's is done once more."""
+        """Counts a step. Gradient checkpointing repeats the forward pass of all layers except the last."""
         all_layers = MatrixProducts(self.base, self.adapters, 0, self.attention).forward_flops(batch)
         return self.model_flops(batch) + recomputes * all_layers * (self.layers - 1) // self.layers
 

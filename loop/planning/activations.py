@@ -141,4 +141,5 @@ class _Attention(torch.autograd.Function):
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    """Stands in for torch's scaled_dot_product_attention."""
     return _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What a training would do, looked at without starting one: rows with their masks, learning rates, contradictions."""
+"""Shows what a training would do without starting it: rows with their masks, learning rates, contradictions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +22,13 @@ SHOWN = 5  # rows
 
 @dataclass
 class Findings:
-    """`problems` would keep a training from starting; `notes` are worth knowing."""
+    """What a plan has found. `problems` would keep a training from starting; `notes` are worth knowing."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def attempt(self, action: Callable[[], Any]) -> Any:
-        """The action's result; None after a UserError, which becomes a problem."""
+        """Does `action` and returns its result. A UserError becomes a problem, and the result is None."""
         try:
             return action()
         except UserError as error:
@@ -37,14 +37,14 @@ class Findings:
 
 
 def open_tokenizer(recipe: Recipe, found: Findings) -> PreTrainedTokenizerBase | None:
-    """A folder's, or one that was downloaded before; a plan asks no network."""
+    """Opens the tokenizer of a model folder, or one that was downloaded before: a plan uses no network."""
     name = found.attempt(lambda: find_model(recipe.model.name_or_path))
     if name is None:
         return None
     if not Path(name).is_dir():
         try:
             AutoTokenizer.from_pretrained(name, local_files_only=True)
-        except Exception:  # transformers has many for what is not there
+        except Exception:  # transformers raises many kinds for files that are not there
             found.notes.append(
                 f"no tokenizer of {name} on this machine: every row is taken for {recipe.data.max_length} tokens "
                 f"(data.max_length), and rows are not shown. For real lengths: hf download {name} --include '*.json'"
@@ -55,7 +55,7 @@ def open_tokenizer(recipe: Recipe, found: Findings) -> PreTrainedTokenizerBase |
 
 
 def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, found: Findings) -> Data | None:
-    """Tokenized where there is a tokenizer; otherwise both files are only checked, and None."""
+    """Reads and tokenizes both files. Without a tokenizer the files are only checked, and the result is None."""
     if tokenizer is not None:
         data: Data | None = found.attempt(lambda: build_data(recipe, tokenizer))
         return data
@@ -66,7 +66,8 @@ def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, found: 
 
 
 def contradictions(recipe: Recipe, data: Data | None, model: Any, steps: int, rows: int, found: Findings) -> None:
-    """Adds to `found` what single values do not show; `steps` in all, on `rows` training rows."""
+    """Adds to `found` the problems that no single value shows. `steps` are those of the whole run, `rows` the training
+    rows."""
     config = model.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None)
     longest = int(lengths_of(data.train).max()) if data else 0
@@ -88,11 +89,12 @@ def contradictions(recipe: Recipe, data: Data | None, model: Any, steps: int, ro
 
 
 def key_of(example: Example) -> int:
+    """A number that is the same for rows with the same prompt and answer."""
     return hash((*example.prompt_ids, -1, *example.answer_ids))
 
 
 def key_rates(recipe: Recipe, steps: int) -> list[tuple[int, float]]:
-    """(step, learning rate of its update) at the beginning, the end of warm-up, each quarter and the end."""
+    """Pairs of a step and its learning rate: at the beginning, the end of warm-up, each quarter and the end."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.optim.lr)
     scheduler = build_lr_scheduler(recipe, optimizer, steps)
     warm = warmup_steps(recipe.optim.warmup_ratio, steps)
@@ -107,7 +109,7 @@ def key_rates(recipe: Recipe, steps: int) -> list[tuple[int, float]]:
 
 
 def shown_rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The first rows as the model reads them: what is only read, and what is learned."""
+    """The first rows as the model reads them: for each, the text that is only read and the text that is learned."""
     lines = []
     for example in examples[:SHOWN]:
         masked, learned = (

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from data.batch import epoch_order, num_windows, windows
+from data.batch import epoch_order, windows
 from data.errors import UserError
 from data.examples import Example, answer_lengths_of, lengths_of
 from data.layout import Layout, MicroBatch, collate
+from loop.batch_arithmetic import BatchArithmetic
 from loop.measure.flops import Batch, MatrixProducts, count_computed, matrix_products
 from loop.planning.activations import Activations, measure_step
 from loop.planning.launch_file import Launch
@@ -79,6 +80,7 @@ class Subject:
 
     @cached_property
     def products(self) -> MatrixProducts:
+        """The sizes of the model's matrix products."""
         return matrix_products(self.model)
 
     def activations(self, checkpointing: str) -> Activations:
@@ -91,6 +93,7 @@ class Subject:
         return self._activations[checkpointing]
 
     def _measure(self, checkpointing: str) -> Activations:
+        """Measures the step that needs most memory."""
         try:
             return measure_step(self.model, self.work.largest(self.recipe.micro_batch_size), checkpointing)
         except Exception as error:  # a model's own code, on a device that few authors think of
@@ -126,19 +129,19 @@ class Subject:
         return self._epochs[processes]
 
     def _count_epoch(self, processes: int) -> tuple[int, int, Batch]:
-        recipe, work = self.recipe, self.work
-        steps = num_windows(len(work.examples), recipe.micro_batch_size * recipe.grad_accum_steps * processes)
+        """Counts what `epoch` returns."""
+        work, batch = self.work, BatchArithmetic.of(self.recipe, processes, len(self.work.examples))
         if not work.real:
             n, t = len(work.examples), work.longest
-            return steps, n * t, Batch(n, n * t, n * work.longest_answer, n * t * t)
+            return batch.steps_per_epoch, n * t, Batch(n, n * t, n * work.longest_answer, n * t * t)
         computed, tokens = Batch(), 0
-        order = epoch_order(len(work.examples), recipe.seed, 0)
+        order = epoch_order(len(work.examples), self.recipe.seed, 0)
         for rank in range(processes):
             share = windows(
                 work.examples,
                 order,
-                recipe.micro_batch_size,
-                recipe.grad_accum_steps,
+                batch.micro_batch_size,
+                batch.grad_accum_steps,
                 processes,
                 rank,
                 work.layout,
@@ -147,7 +150,7 @@ class Subject:
             for window in share:
                 computed = sum(map(count_computed, window.micro_batches), computed)
                 tokens += window.num_tokens if rank == 0 else 0
-        return steps, tokens, computed
+        return batch.steps_per_epoch, tokens, computed
 
 
 SIZES = (  # the settings that decide when ZeRO-3 gathers and releases a weight
@@ -211,7 +214,7 @@ def estimate(subject: Subject, launch: Launch, hardware: Hardware) -> Estimate:
     peak = peaks[recomputes]
     host_load, host_steady = _host(sharding, subject.base, on_host)
     steps, tokens, computed = subject.epoch(n)
-    sent = link_traffic(sharding, subject.adapters, subject.recipe.grad_accum_steps, peak.gathers)
+    sent = link_traffic(sharding, subject.adapters, launch.grad_accum_steps, peak.gathers)
     flops = subject.products.computed_flops(computed, recomputes) / steps
     return Estimate(
         launch=launch,
@@ -223,7 +226,7 @@ def estimate(subject: Subject, launch: Launch, hardware: Hardware) -> Estimate:
         activations_keeping=peaks[False].activations,
         logits=peak.logits,
         gathered=peak.gathered,
-        gathered_bytes=sharding.weight_bytes * peak.gathers * subject.recipe.grad_accum_steps,
+        gathered_bytes=sharding.weight_bytes * peak.gathers * launch.grad_accum_steps,
         device_peak=peak.device,
         host_load=host_load,
         host_steady=host_steady,
@@ -280,6 +283,7 @@ def _host(sharding: Sharding, base: Sequence[int], on_host: Held) -> tuple[int, 
 
 
 def _seconds(flops: float, sent: LinkTraffic, hardware: Hardware) -> dict[str, float] | None:
+    """The seconds that each part of a step takes at least on one GPU; None where a speed is not given."""
     if not hardware.flops or not hardware.interconnect or not hardware.host_bus:
         return None
     return {
@@ -304,6 +308,7 @@ def recommend(estimates: Sequence[Estimate], hardware: Hardware) -> Estimate | N
 
 
 def _cost(one: Estimate) -> tuple[float, ...]:
+    """What `recommend` compares: the smaller, the better."""
     run = one.steps * (one.step_seconds or 0.0)
     # Where two differ by less than a hundredth, the one that needs less memory is better.
     rounded = round(math.log(run) * 100) if run else 0

@@ -1,4 +1,4 @@
-"""A few GPUs' figures, from their makers' data sheets."""
+"""The memory and the speeds of a few GPUs, from their makers' data sheets."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
+    """What the plan needs to know of a GPU."""
+
     memory: float  # bytes
-    flops: float  # a second, dense bf16 with fp32 accumulation
+    flops: float  # FLOP/s, dense bf16 with fp32 accumulation
     interconnect: float  # bytes a second one way between GPUs: NVLink, or the PCIe slot where there is none
     host_bus: float  # bytes a second one way to the host's memory: the PCIe slot
 

@@ -1,11 +1,12 @@
 """Asks the launcher's own code what `accelerate launch` would make of an accelerate YAML, without launching."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from data.errors import UserError
+from loop.batch_arithmetic import settle_accumulation
 from loop.engine.deepspeed_config import deepspeed_config, size_buckets_for_lora
 from loop.internals.accelerate_internals import ask_launcher
 from loop.planning.zero_memory import Sharding
@@ -23,13 +24,20 @@ class Launch:
     processes: int
     precision: str  # bf16, fp16 or no
     deepspeed: dict[str, Any] | None  # the resolved configuration; None without DeepSpeed
+    grad_accum_steps: int  # micro-batches that each process adds up before an update
 
     @property
     def sharding(self) -> Sharding:
         """How this launch shares the model out over its processes."""
-        config = self.deepspeed or {"zero_optimization": {}, "gradient_accumulation_steps": 1}
-        zero, accumulates = config["zero_optimization"], config["gradient_accumulation_steps"] > 1
+        zero = self.deepspeed["zero_optimization"] if self.deepspeed else {}
+        accumulates = self.grad_accum_steps > 1
         return Sharding(zero.get("stage"), self.processes, WEIGHT_BYTES[self.precision], zero, accumulates)
+
+    def with_processes(self, processes: int, recipe: Recipe) -> "Launch":
+        """This launch with another number of processes or another recipe. Raises UserError where the processes cannot
+        share the rows of a step."""
+        settled = settle_accumulation(recipe, processes)
+        return replace(self, processes=processes, grad_accum_steps=settled.grad_accum_steps)
 
 
 def read_launch(file: str, recipe: Recipe, model: torch.nn.Module, processes: int | None = None) -> Launch:
@@ -47,8 +55,9 @@ def read_launch(file: str, recipe: Recipe, model: torch.nn.Module, processes: in
     name = path.stem if path.parent.name == "accel_configs" else f"{path.parent.name}/{path.stem}"
     if precision not in WEIGHT_BYTES:
         raise UserError(f"--accel {file}: mixed_precision: {precision} is not supported. Use bf16.")
+    recipe = settle_accumulation(recipe, said)
     if environment is None:
-        return Launch(name, file, said, precision, None)
+        return Launch(name, file, said, precision, None, recipe.grad_accum_steps)
     config = deepspeed_config(recipe, said, environment)
     zero = config["zero_optimization"]
     size_buckets_for_lora(zero, model)
@@ -57,4 +66,4 @@ def read_launch(file: str, recipe: Recipe, model: torch.nn.Module, processes: in
     for part in ("offload_optimizer", "offload_param"):
         if "pin_memory" in zero.get(part, {}) and "ACCELERATE_DEEPSPEED_CONFIG_FILE" not in environment:
             zero[part]["pin_memory"] = True  # this machine may have no GPU; one with a GPU pins the memory
-    return Launch(name, file, said, precision, config)
+    return Launch(name, file, said, precision, config, recipe.grad_accum_steps)

@@ -1,22 +1,26 @@
-"""The plan as text, as JSON, and its advice."""
+"""Writes the plan as text and as JSON, with its advice."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import yaml
 
+from data.errors import UserError
+from loop.batch_arithmetic import cut_up
 from loop.planning.dry_run import Findings, key_rates
 from loop.planning.estimate import COMFORT, Estimate, Hardware, Subject, estimate, recommend
+from loop.planning.launch_file import Launch
 from loop.recipe import Recipe, recipe_as_dict
 
 PARTS = {"compute": "computing", "interconnect": "the interconnect", "host_bus": "the host bus"}
-MOST_GPUS = 64  # looked at when nothing fits
+MOST_GPUS = 64  # the largest number of GPUs that is tried when nothing fits
 
 
 def memory_table(estimates: Sequence[Estimate], unit: float, given: Hardware, chosen: Estimate | None) -> str:
-    """One line a configuration and number of GPUs."""
+    """A table of memory with one line for each configuration and number of GPUs."""
     head = ["configuration", "GPUs", "weights", "adapters", "gradients", "optimizer", "buffers", "activations"]
     head += ["(checkpointed)", "(kept)", "logits", "gathered", "GPU peak", "host load", "host", "fits"]
     lines = []
@@ -31,6 +35,7 @@ def memory_table(estimates: Sequence[Estimate], unit: float, given: Hardware, ch
 
 
 def step_table(estimates: Sequence[Estimate], unit: float) -> str:
+    """A table of traffic and time with one line for each configuration and number of GPUs."""
     head = ["configuration", "GPUs", "interconnect", "host bus", "TFLOP", "steps", "step >= s", "run >= s", "bound by"]
     lines = []
     for one in estimates:
@@ -45,22 +50,25 @@ def step_table(estimates: Sequence[Estimate], unit: float) -> str:
 
 
 def _name(one: Estimate) -> list[str]:
+    """The first two cells of a line: the configuration and its number of GPUs."""
     return [one.launch.name, str(one.launch.processes)]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """The rows as lines of text whose columns stand below one another."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def bound_by(one: Estimate) -> str:
+    """The part that takes the longest time in a step."""
     seconds = one.seconds or {}
     return PARTS[max(seconds, key=lambda part: seconds[part])]
 
 
 def advice(subject: Subject, estimates: Sequence[Estimate], given: Hardware, chosen: Estimate | None) -> str:
-    """Which to take and why; or which one number to change so that something fits."""
+    """Says which configuration to take and why, or which one number to change so that something fits."""
     if not (given.gpu_memory or given.host_memory):
         return "What fits was not asked: give --gpu-memory and --host-memory, or --card."
     if chosen is None:
@@ -86,35 +94,49 @@ def advice(subject: Subject, estimates: Sequence[Estimate], given: Hardware, cho
 
 
 def change(subject: Subject, estimates: Sequence[Estimate], given: Hardware) -> str:
-    """The one value whose change makes something fit: checkpointing, micro-batch, GPUs or memory, in this order."""
-    launches = {one.launch.file: one.launch for one in estimates}
+    """The one value whose change makes something fit. Tried in this order: checkpointing, micro-batch, GPUs, memory."""
+    launches = [one.launch for one in estimates]
     recipe = subject.recipe
-    if recipe.gradient_checkpointing == "none":  # for auto it has been tried
+    if recipe.gradient_checkpointing == "none":  # auto would have switched it on
         saving = Subject(replace(recipe, gradient_checkpointing="non_reentrant"), subject.model, subject.work)
-        best = recommend([estimate(saving, one.launch, given) for one in estimates], given)
+        best = recommend([estimate(saving, launch, given) for launch in launches], given)
         if best:
             return f"Set gradient_checkpointing to non_reentrant (it is none): then {best.launch.name} fits."
-    rows = recipe.micro_batch_size
-    while (rows := rows // 2) >= 1:
-        smaller = Subject(replace(recipe, micro_batch_size=rows), subject.model, subject.work)
-        fitting = [
-            o for o in (estimate(smaller, e.launch, given) for e in estimates) if o.fit(given) in ("yes", "tight")
-        ]
-        if fitting:
-            return (
-                f"Set micro_batch_size to {rows} (it is {recipe.micro_batch_size}): then {fitting[0].launch.name} fits."
-            )
-    n = max(launch.processes for launch in launches.values())
+    micro = recipe.micro_batch_size
+    while (micro := micro // 2) >= 1:
+        smaller = Subject(replace(recipe, micro_batch_size=micro), subject.model, subject.work)
+        for one in _possible(smaller, [(launch, launch.processes) for launch in launches], given):
+            return f"Set micro_batch_size to {micro} (it is {recipe.micro_batch_size}): then {one.launch.name} fits."
+    by_file = {launch.file: launch for launch in launches}.values()
+    n = max(launch.processes for launch in launches)
     while (n := 2 * n) <= MOST_GPUS:
-        for launch in launches.values():
-            more = estimate(subject, replace(launch, processes=n), given)
-            if more.fit(given) in ("yes", "tight"):
-                return f"Give it --gpus {n}: then {launch.name} fits, with {more.device_peak / 1e9:.1f} GB a GPU."
+        more, option = subject, ""
+        if recipe.rows_per_step is not None:
+            shared = cut_up(recipe.rows_per_step, n, recipe.micro_batch_size)
+            if shared is None:
+                continue
+            if shared[0] != recipe.micro_batch_size:
+                more = Subject(replace(recipe, micro_batch_size=shared[0]), subject.model, subject.work)
+                option = f" --micro_batch_size {shared[0]}"
+        for one in _possible(more, [(launch, n) for launch in by_file], given):
+            return (
+                f"Give it --gpus {n}{option}: then {one.launch.name} fits, with {one.device_peak / 1e9:.1f} GB a GPU."
+            )
     least = min(estimates, key=lambda one: one.device_peak)
     return (
         f"The least is {least.launch.name} with {least.device_peak / 1e9:.1f} GB a GPU and "
         f"{max(least.host_load, least.host_steady) / 1e9:.1f} GB of host memory: give it that much."
     )
+
+
+def _possible(subject: Subject, launches: Sequence[tuple[Launch, int]], given: Hardware) -> Iterator[Estimate]:
+    """The estimates that fit, of these launches with these numbers of processes. Launches whose processes cannot share
+    the rows of a step are left out."""
+    for launch, processes in launches:
+        with contextlib.suppress(UserError):
+            one = estimate(subject, launch.with_processes(processes, subject.recipe), given)
+            if one.fit(given) in ("yes", "tight"):
+                yield one
 
 
 def page(
@@ -126,7 +148,7 @@ def page(
     found: Findings,
     rows_shown: str,
 ) -> str:
-    """Everything, as text."""
+    """The whole plan as text."""
     chosen = recommend(estimates, given)
     shown = chosen or (estimates[0] if estimates else None)
     parts = ["== recipe", yaml.safe_dump(recipe_as_dict(recipe), allow_unicode=True, sort_keys=False).strip()]
@@ -167,6 +189,7 @@ def as_json(
     given: Hardware,
     found: Findings,
 ) -> dict[str, Any]:
+    """The whole plan as one JSON object."""
     chosen = recommend(estimates, given)
     entries = []
     for one in estimates:

@@ -63,6 +63,7 @@ class Held:
 
     @property
     def total(self) -> int:
+        """All bytes that stay for the whole update."""
         return self.base + self.adapters + self.gradients + self.optimizer + self.buffers
 
 
@@ -167,9 +168,11 @@ class _Coordinator:
         self.elements = self.gathered_elements = self.count = self.step = 0
 
     def bytes(self) -> int:
+        """The bytes of the weights that are gathered now."""
         return self.sharding.weight_bytes * self.elements
 
     def fetch(self, module: str, backward: bool) -> None:
+        """A module begins: gathers its parameters, and then those of later modules as far as there is room."""
         wanted = self.parameters[module]
         if backward:
             self.backward_begun = True
@@ -201,6 +204,7 @@ class _Coordinator:
         self.step += 1
 
     def _gather(self, parameter: torch.nn.Parameter) -> None:
+        """Gathers a parameter that is not there yet, and counts it."""
         if parameter not in self.available:
             self.available.add(parameter)
             self.elements += self.sizes[parameter]
@@ -208,6 +212,7 @@ class _Coordinator:
             self.count += 1
 
     def release(self, module: str, backward: bool) -> None:
+        """A module ends: lets its parameters go, unless a later module needs them within the reuse distance."""
         let_go = {p for p in self.parameters[module] if self.fetched_for.get(p, -1) <= self.step}
         passed = 0
         for later in self.order[self.step :]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
-from tests.distributed.launching import CONFIGS, DEBUG, ROOT, Run, launch
+from tests.distributed.launching import CONFIGS, DEBUG, ROOT, TRAIN, Run, launch
 
 STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 STEPS = 6  # three epochs of two windows: four rows and three
@@ -19,7 +20,9 @@ def config_file(name: str) -> Path:
     return CONFIGS / f"{name}.yaml" if name in STAGES else ROOT / "tests" / "accel_configs" / f"{name}.yaml"
 
 
-def train(name: str, folder: Path, processes: int, precision: str, dropout: float, *more: str) -> Run:
+def train(
+    name: str, folder: Path, processes: int, precision: str, dropout: float, *more: str, script: Path = TRAIN
+) -> Run:
     rows = ["--micro_batch_size", "1", "--grad_accum_steps", str(4 // processes)]
     often = ["--epochs", "3", "--save_every", "1", "--save_total_limit", "9", "--log_every", "2"]
     return launch(
@@ -28,6 +31,7 @@ def train(name: str, folder: Path, processes: int, precision: str, dropout: floa
         folder=folder,
         processes=processes,
         precision=precision,
+        script=script,
     )
 
 
@@ -77,6 +81,36 @@ def test_to_the_bit(name: str, processes: int, precision: str, whole: Any, tmp_p
         assert ours == theirs, file
     last = Path("checkpoints") / f"step-{STEPS:06d}" / "optimizer.safetensors"
     assert (resumed.folder / last).read_bytes() == (run.folder / last).read_bytes()
+
+
+FULL_MEMORY = ROOT / "tests" / "distributed" / "full_memory_worker.py"
+AUTO = ("--gradient_checkpointing", "auto", "--batching", "auto")
+
+
+def decided(run: Run) -> tuple[str, str]:
+    """What the run folder says was decided."""
+    recipe = yaml.safe_load((run.folder / "recipe.yaml").read_text())
+    return recipe["batching"], recipe["gradient_checkpointing"]
+
+
+def test_to_the_bit_with_auto_where_memory_has_become_short(tmp_path: Path) -> None:
+    """What was decided when the run began is what is done after it was resumed. Two rows share a micro-batch here."""
+    rows = ("--micro_batch_size", "2", "--grad_accum_steps", "1")
+    more = (*rows, *AUTO)
+    run = train("zero3", tmp_path / "whole", 2, "bf16", 0.2, *more)
+    assert run.code == 0, run.output
+    layout, checkpointing = decided(run)
+    assert checkpointing == "none"
+    assert layout in ("padded", "packed", "shared_prefix")
+    cut(run, tmp_path / "run")
+    resumed = train("zero3", tmp_path / "run", 2, "bf16", 0.2, *more, "--resume", "auto", script=FULL_MEMORY)
+    assert resumed.code == 0, resumed.output
+    assert decided(resumed) == (layout, "none")
+    assert without_clock(resumed) == without_clock(run)
+    for file in ("adapter/adapter_model.safetensors", f"checkpoints/step-{STEPS:06d}/optimizer.safetensors"):
+        assert (resumed.folder / file).read_bytes() == (run.folder / file).read_bytes(), file
+    fresh = train("zero3", tmp_path / "fresh", 2, "bf16", 0.2, *more, "--epochs", "1", script=FULL_MEMORY)
+    assert decided(fresh) == (layout, "reentrant"), "a run that begins there decides otherwise"
 
 
 def test_the_same_run_twice_is_the_same(whole: Any, tmp_path: Path) -> None:

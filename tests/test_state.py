@@ -1,0 +1,111 @@
+"""What is due after a step, which windows are left, and what a checkpoint holds of where a run stands."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from data.batch import Window, epoch_order
+from data.examples import Example
+from loop.batch_arithmetic import BatchArithmetic
+from loop.model.build import Data
+from loop.recipe import DEFAULT_RECIPE, parse_recipe
+from loop.saving.checkpoint import Checkpoint
+from loop.state import Due, Interval, Job, TrainState
+from loop.step import StepResult
+
+DEBUG = ("--config", str(DEFAULT_RECIPE.with_name("debug.yaml")), "--epochs", "3")
+ROWS = [Example(number, [number], [number]) for number in range(1, 8)]
+STEPS = 2  # of an epoch: seven rows, four of them in a step
+
+
+def job(*arguments: str, validation: int = 5) -> Job:
+    recipe = parse_recipe([*DEBUG, *arguments])[1]
+    data = Data(ROWS, ROWS[:validation], 0)
+    batch = BatchArithmetic.of(recipe, 1, len(ROWS))
+    return Job(recipe, data, batch, Path("run"), None, Accelerator(cpu=True))
+
+
+def due(made: Job, *, stop_at: int = 0) -> dict[int, str]:
+    """The first letters of what is due after each step."""
+    found = {step: made.due(step, 15 if step == stop_at else 0) for step in range(1, 3 * STEPS + 1)}
+    return {step: "l" * each.log + "v" * each.validate + "s" * each.save for step, each in found.items()}
+
+
+def test_the_end_of_an_epoch_is_logged_validated_and_saved() -> None:
+    assert due(job("--log_every", "100")) == {1: "", 2: "lvs", 3: "", 4: "lvs", 5: "", 6: "lvs"}
+
+
+def test_everything_has_its_own_interval() -> None:
+    often = job("--log_every", "1", "--eval_every", "3", "--save_every", "5")
+    assert due(often) == {1: "l", 2: "ls", 3: "lv", 4: "ls", 5: "ls", 6: "lvs"}
+
+
+def test_nothing_is_validated_without_rows_for_it() -> None:
+    assert due(job("--eval_every", "1", "--log_every", "100", validation=0))[1] == ""
+
+
+def test_a_run_that_is_stopped_is_saved_first() -> None:
+    assert due(job("--log_every", "100"), stop_at=3)[3] == "s"
+    assert job().due(1, stop=2) == Due(log=True, validate=False, save=True)
+
+
+@pytest.mark.parametrize("after", range(3 * STEPS + 1))
+def test_the_windows_that_are_left(after: int) -> None:
+    """Against the order of rows, cut into fours by hand."""
+    expected = []
+    for epoch in range(3):
+        numbers = [int(place) + 1 for place in epoch_order(7, 42, epoch)]
+        expected += [sorted(numbers[:4]), sorted(numbers[4:])]
+    found = [sorted(row for batch in window.micro_batches for row in batch.rows) for window in job().windows(after)]
+    assert found == expected[after:]
+
+
+def result(nll: float, skipped: bool = False) -> StepResult:
+    return StepResult(torch.tensor([nll]), grad_norm=2.0, lr=0.5, skipped=skipped)
+
+
+def saved(contents: dict[str, Any]) -> Checkpoint:
+    return Checkpoint(Path("run/checkpoints/step-000001"), contents, {}, {})
+
+
+def test_what_is_not_logged_yet_goes_through_a_checkpoint() -> None:
+    accelerator = Accelerator(cpu=True)
+    state = TrainState.begin(None, {"rows_per_step": 4}, accelerator)
+    state.advance(Window([], num_label_tokens=2, num_tokens=9), result(3.0))
+    state.advance(Window([], num_label_tokens=2, num_tokens=9), result(5.0, skipped=True))
+    contents = state.as_json()
+    assert contents == {
+        **{"step": 2, "updates": 1, "val_loss": None, "run": {"rows_per_step": 4}},
+        "interval": {"nlls": [8.0], "num_label_tokens": 4},
+    }
+    again = TrainState.begin(saved(contents), contents["run"], accelerator)
+    assert again.as_json() == contents
+    again.advance(Window([], num_label_tokens=6, num_tokens=9), result(2.0))
+    metrics = again.interval.metrics(result(2.0), accelerator)
+    assert (metrics["train/loss"], metrics["train/lr"], metrics["train/grad_norm"]) == (1.0, 0.5, 2.0)
+    assert again.as_json()["interval"] is None, "a log line has told it"
+    fresh = TrainState.begin(saved(again.as_json()), {}, accelerator)
+    assert (fresh.interval.nll.item(), fresh.interval.num_label_tokens) == (0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks", "expected"), [(0, 3, 1.0), (2, 3, 4.0), (0, 2, 7.0), (1, 2, 0.0), (0, 1, 7.0)]
+)
+def test_another_number_of_ranks_loses_no_loss(rank: int, ranks: int, expected: float) -> None:
+    class Rank:
+        device = torch.device("cpu")
+        process_index = rank
+        num_processes = ranks
+
+    contents = {"step": 1, "updates": 1, "interval": {"nlls": [1.0, 2.0, 4.0], "num_label_tokens": 3}, "val_loss": None}
+    accelerator: Any = Rank()
+    assert TrainState.begin(saved(contents), {}, accelerator).interval.nll.item() == expected
+
+
+def test_a_validation_loss_is_that_of_its_step() -> None:
+    state = TrainState(3, 3, Interval(torch.device("cpu")), 1.5, {})
+    state.advance(Window([], num_label_tokens=2, num_tokens=9), result(3.0))
+    assert state.val_loss is None
