@@ -82,7 +82,7 @@ def run_cell(cell: Cell, task: Path, folder: Path, *more: str) -> Run:
         *("--model.name_or_path", str(task / "model"), "--data.train_file", str(task / "rows.jsonl")),
         *("--data.validation_file", "null", "--lora.dropout", "0"),
         *("--epochs", "1", "--log_every", "1", "--tracker", "null", "--optim.lr", str(PEAK)),
-        *("--micro_batch_size", str(micro), "--grad_accum_steps", str(cell.accum)),
+        *("--micro_batch_size", str(micro), "--grad_accum_steps", str(cell.accum), "--rows_per_step", "null"),
         *("--gradient_checkpointing", cell.checkpointing, "--batching", cell.layout, "--data.max_length", "99", *more),
         folder=folder,
         processes=cell.processes,

@@ -16,7 +16,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from loop.recipe import ROOT
-from loop.saving.checkpoint import MANIFEST, STATE, _fingerprint
+from loop.saving.checkpoint import STATE
+from loop.saving.publish import MANIFEST, file_fingerprint
 
 TINY = ROOT / "data" / "tiny_base"
 GOOD = '{"instruction": "5=", "output": "1 + 4"}'
@@ -135,7 +136,7 @@ def checkpoint(change: Callable[[Path], object], said: str, resign: bool = False
         change(last)
         if resign:
             files = [path for path in last.iterdir() if path.name != MANIFEST]
-            (last / MANIFEST).write_text(json.dumps({path.name: _fingerprint(path) for path in files}))
+            (last / MANIFEST).write_text(json.dumps({path.name: file_fingerprint(path) for path in files}))
         return ["--resume", str(last), *more]
 
     return Case(make, said)

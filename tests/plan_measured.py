@@ -95,7 +95,7 @@ def arguments(model: Path, rows: Path, cell: Cell) -> list[str]:
             "--batching",
             "padded",
         ),
-        *("--gradient_checkpointing", cell.checkpointing),
+        *("--gradient_checkpointing", cell.checkpointing, "--rows_per_step", "null"),
     ]
 
 

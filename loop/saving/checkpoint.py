@@ -5,13 +5,12 @@ A checkpoint holds the adapter in PEFT's format, AdamW's state (optimizer.safete
 It is written beside, synced, and appears by one rename.
 """
 
-import hashlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +28,12 @@ from loop.engine.accelerator import on_main_process
 from loop.engine.optimizer_state import MOMENTS, gather_optimizer, shape_of, trainable_parameters
 from loop.guard.process import RunError
 from loop.measure.phases import measured
+from loop.saving.publish import OLD, PARTIAL, damage, publish, write_manifest
 
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
-MANIFEST = "manifest.json"
-PARTIAL, OLD = ".partial", ".old"  # ends of names that begin with a dot: half written, and about to be replaced
 WRITTEN = {ADAPTER, OPTIMIZER, STATE, "adapter_config.json", "README.md"}  # the last two by PEFT
 
 
@@ -77,7 +75,7 @@ def unwrap(model: torch.nn.Module, accelerator: Accelerator) -> PeftModel:
 def save_adapter(model: PeftModel, folder: Path, accelerator: Accelerator) -> None:
     """Writes the adapter to `folder` in PEFT's format; every rank enters. Raises RunError when it cannot be written."""
     tensors = gather_adapter(model, accelerator)
-    on_main_process(lambda: _publish(folder, lambda beside: _write_adapter(model, tensors, beside)), accelerator)
+    on_main_process(lambda: publish(folder, lambda beside: write_adapter(model, tensors, beside)), accelerator)
 
 
 @measured("save")
@@ -100,17 +98,16 @@ def save_checkpoint(
     folder = run_dir / CHECKPOINTS / f"step-{state['step']:06d}"
 
     def write(beside: Path) -> None:
-        _write_adapter(model, adapter, beside)
+        write_adapter(model, adapter, beside)
         save_file(moments, beside / OPTIMIZER)
         (beside / STATE).write_text(json.dumps(state, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        manifest = {path.name: _fingerprint(path) for path in sorted(beside.iterdir())}
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_manifest(beside)
 
-    def publish() -> None:
-        _publish(folder, write)
-        _delete_old(folder, save_total_limit, resumed_from)
+    def write_and_delete() -> None:
+        publish(folder, write)
+        delete_old(folder, save_total_limit, resumed_from)
 
-    on_main_process(publish, accelerator)
+    on_main_process(write_and_delete, accelerator)
     return folder
 
 
@@ -135,7 +132,8 @@ def gathered(parameters: list[Any], accelerator: Accelerator, modifier_rank: int
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
-def _write_adapter(model: PeftModel, tensors: dict[str, Tensor], folder: Path) -> None:
+def write_adapter(model: PeftModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Writes the adapter into `folder` and reads it back. Raises RuntimeError unless it holds what was written."""
     model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=False)
     # A file drops the adapter's name from the tensors' names, because a reader gives it one of its own.
     check_adapter(folder / ADAPTER, get_peft_model_state_dict(model, state_dict=tensors))
@@ -149,32 +147,6 @@ def check_adapter(file: Path, expected: dict[str, Tensor]) -> None:
     for name, tensor in expected.items():
         if tensor.numel() == 0 or not torch.isfinite(tensor).all() or not torch.equal(written[name], tensor):
             raise RuntimeError(f"{file}: {name} {tuple(tensor.shape)} is empty, not finite or not what was written")
-
-
-def _publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Writes a folder beside `folder`, syncs it to the disk and renames it to `folder`. RunError when that fails."""
-    beside, old = (folder.with_name(f".{folder.name}{end}") for end in (PARTIAL, OLD))
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        folder.parent.mkdir(exist_ok=True)  # a run folder that has vanished stays an error
-        beside.mkdir()
-        write(beside)
-        for path in (*beside.iterdir(), beside, folder.parent.parent):
-            _sync(path)
-        if folder.exists():  # the adapter of a run that had come to its end before
-            folder.rename(old)
-        beside.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:  # safetensors has an exception of its own for a full disk
-        shutil.rmtree(beside, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        free = f"{shutil.disk_usage(_existing(folder)).free / 1e6:,.0f} MB are free there"
-        raise RunError(
-            f"{folder} could not be written: {error}. Earlier checkpoints are intact; {free}. Free space or make it "
-            "writable, then go on with --resume."
-        ) from error
 
 
 def clear_up(run_dir: Path, step: int) -> None:
@@ -198,23 +170,6 @@ def clear_up(run_dir: Path, step: int) -> None:
             print(f"note: {folder} is of a later step; it is kept as {aside.name}", flush=True)
 
 
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.resolve().parents) if path.exists())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
-
-
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first."""
     folders = [path for path in (run_dir / CHECKPOINTS).glob("step-*") if path.name.removeprefix("step-").isdigit()]
@@ -226,7 +181,8 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _delete_old(newest: Path, save_total_limit: int, resumed_from: Path | None) -> None:
+def delete_old(newest: Path, save_total_limit: int, resumed_from: Path | None) -> None:
+    """Deletes the checkpoints that save_checkpoint does not keep."""
     folders = list_checkpoints(newest.parent.parent)
     keep = {newest, *folders[-save_total_limit:]} | ({resumed_from} if resumed_from else set())
     losses = {folder: loss for folder in folders if (loss := _val_loss(folder)) is not None}
@@ -259,7 +215,7 @@ def _val_loss(folder: Path) -> float | None:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Raises UserError unless `folder` holds exactly what was written there."""
     folder = Path(os.path.abspath(folder))
-    wrong = _damage(folder)
+    wrong = damage(folder, {ADAPTER, OPTIMIZER, STATE}, WRITTEN)
     if wrong:
         raise UserError(f"checkpoint {folder}: {wrong}. Resume from another one, or start a new run.")
     try:
@@ -300,33 +256,6 @@ def _nonsense(checkpoint: Checkpoint) -> str | None:
     except (KeyError, TypeError, AttributeError, ValueError):
         ok = False
     return None if ok else f"{STATE} is not one of this program's"
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None. It opens no file that the manifest does not name."""
-    if not folder.is_dir():
-        return "there is no such folder"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected = {name: (said["bytes"], said["sha256"]) for name, said in manifest.items()}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        return f"no {MANIFEST} that can be read ({error})"
-    missing = {ADAPTER, OPTIMIZER, STATE} - expected.keys()
-    if missing:
-        return f"{MANIFEST} does not name {', '.join(sorted(missing))}"
-    found = {path.name for path in folder.iterdir()} - {MANIFEST}
-    foreign = (found | expected.keys()) - WRITTEN | (found - expected.keys())
-    if foreign:
-        return f"holds files that were not written by this program: {', '.join(sorted(foreign))}"
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _fingerprint(path)["sha256"] != digest:
-            return f"{name} is not what was written (its SHA-256 differs)"
-    return None
 
 
 def first_difference(ours: Mapping[str, object], theirs: Mapping[str, object]) -> str | None:

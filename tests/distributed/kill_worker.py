@@ -11,20 +11,21 @@ from typing import Any
 from unittest.mock import patch
 
 import loop.saving.checkpoint
+import loop.saving.publish
 import loop.train
 from loop.guard.process import end_process
 
 PHASES = {  # of saving, in order: what is about to be called
     "gather adapter": (loop.saving.checkpoint, "gather_adapter"),
     "gather optimizer": (loop.saving.checkpoint, "gather_optimizer"),
-    "publish": (loop.saving.checkpoint, "_publish"),
-    "write adapter": (loop.saving.checkpoint, "_write_adapter"),
+    "publish": (loop.saving.checkpoint, "publish"),
+    "write adapter": (loop.saving.checkpoint, "write_adapter"),
     "check adapter": (loop.saving.checkpoint, "check_adapter"),
     "write optimizer": (loop.saving.checkpoint, "save_file"),
-    "manifest": (loop.saving.checkpoint, "_fingerprint"),
-    "sync": (loop.saving.checkpoint, "_sync"),
+    "manifest": (loop.saving.publish, "file_fingerprint"),
+    "sync": (loop.saving.publish, "sync"),
     "rename": (Path, "rename"),
-    "delete old": (loop.saving.checkpoint, "_delete_old"),
+    "delete old": (loop.saving.checkpoint, "delete_old"),
 }
 
 
