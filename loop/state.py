@@ -128,7 +128,7 @@ class TrainState:
     step: int  # optimizer steps learned
     updates: int  # the same without the steps that fp16 skipped
     interval: Interval
-    val_loss: float | None  # of the validation after this step, where there was one
+    val_loss: float | None  # the loss of the validation after this step, if there was one
     run: dict[str, Any]  # the fingerprint (loop/saving/resume.py): a checkpoint is resumed by a run of the same one
 
     @classmethod

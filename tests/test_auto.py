@@ -38,7 +38,7 @@ def decided(recipe: Any = RECIPE, examples: list[Example] | None = None) -> tupl
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
 def test_a_step_in_any_layout(layout: Any, memory: type[Memory]) -> None:
-    """Of one row too, which has nobody to be kept apart from."""
+    """A single row is measured too, although no other row has to be kept apart from it."""
     for examples in (unequal_rows(), unequal_rows()[:1]):
         assert decided(replace(RECIPE, batching=layout), examples)[0] == "none"
 

@@ -34,7 +34,7 @@ def test_counts_what_is_computed() -> None:
 
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_is_what_pytorch_counts(recomputes: bool) -> None:
-    """Of a whole step on the real model. The first layer's input needs no gradient, which the formula counts."""
+    """Counts a whole step of the real model. The first layer's input needs no gradient, but the formula counts it."""
     rows, tokens, labels = 3, 24, 10
     base = AutoModelForCausalLM.from_pretrained(TINY, attn_implementation="eager")
     model = get_peft_model(base, LoraConfig(r=8, target_modules=list(TARGETS), task_type="CAUSAL_LM")).train()
@@ -45,7 +45,7 @@ def test_is_what_pytorch_counts(recomputes: bool) -> None:
         cross_entropy(logits, torch.zeros(rows * labels, dtype=torch.long)).backward()
     batch = Batch(rows, rows * tokens, rows * labels, rows * tokens**2)
     counted = matrix_products(model).computed_flops(batch, recomputes)
-    hidden_size, kv = 128, 2 * 32  # of tiny_base: 4 heads, of which 2 have keys and values
+    hidden_size, kv = 128, 2 * 32  # tiny_base has 4 heads, of which 2 have keys and values
     first_layer = 2 * rows * tokens * (hidden_size * (hidden_size + 2 * kv) + 3 * 8 * hidden_size)
     # How much of a last layer is recomputed is PyTorch's choice: it stops when it has what it needs.
     assert counter.get_total_flops() == pytest.approx(counted - first_layer, rel=0.02 if recomputes else 1e-12)

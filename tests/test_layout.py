@@ -89,7 +89,7 @@ def test_nothing_leaks(layout: Layout) -> None:
     model = adapted(layout)
 
     def losses(rows: list[Example]) -> list[float]:
-        """Of each row, with every row in the batch and only its labels."""
+        """The loss of each row, in a batch of all rows of which only that row has labels."""
         batch = collate(rows, layout, pad_token_id=0)
         result = []
         bounds = torch.tensor([0] + [len(example.answer_ids) for example in rows]).cumsum(0)

@@ -37,7 +37,7 @@ def exit_codes() -> Iterator[None]:
         _leave(1, f"error: {error}")
     except Stopped as stopped:
         if os.environ.get("RANK", "0") != "0":
-            _wait_for_the_launcher(128 + stopped.number, SECONDS_TO_STOP)
+            wait_for_the_launcher(128 + stopped.number, SECONDS_TO_STOP)
         else:
             print(stopped, file=sys.stderr, flush=True)
         sys.exit(128 + stopped.number)
@@ -46,13 +46,13 @@ def exit_codes() -> Iterator[None]:
 def _leave(code: int, text: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        _wait_for_the_launcher(code, SECONDS_TO_SPEAK)
+        wait_for_the_launcher(code, SECONDS_TO_SPEAK)
         text = f"{text} (rank {rank})"  # this process still lives, so rank 0 did not meet the error
     print(text, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def _wait_for_the_launcher(code: int, seconds: float) -> None:
+def wait_for_the_launcher(code: int, seconds: float) -> None:
     """Waits for the launcher's SIGTERM, at most `seconds`, so that rank 0 prints its message and ends first.
 
     The launcher ends all other ranks by SIGTERM as soon as one has ended. A launcher that was itself told to stop has

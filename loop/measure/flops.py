@@ -82,7 +82,7 @@ class MatrixProducts:
 
 
 def matrix_products(model: Any) -> MatrixProducts:
-    """Of a PeftModel; its weights may lie on the meta device, or be partitioned by ZeRO-3."""
+    """The sizes of a PeftModel, whose weights may lie on the meta device or be partitioned by ZeRO-3."""
     head = model.get_output_embeddings()
     sizes = {True: 0, False: 0}  # by whether it trains
     for module in model.modules():

@@ -109,7 +109,7 @@ class Tracking:
         if self.bar is not None:
             self.bar.close()
         if self.file is not None:
-            with contextlib.suppress(OSError):  # of a line whose failure has been reported
+            with contextlib.suppress(OSError):  # the failure of its last line has been reported
                 self.file.close()
 
     def _start_tracker(self, name: str, recipe: Recipe, run_dir: Path) -> None:

@@ -49,7 +49,7 @@ def forget() -> None:
 def main(argv: Sequence[str]) -> None:
     folder, rank = Path(argv[argv.index("--run_dir") + 1]), os.environ.get("RANK", "0")
     # Nobody leaves here: as if the launcher ended this rank at once, as it does when rank 0 is gone.
-    loop.guard.process._wait_for_the_launcher = lambda code, seconds: sys.exit(code)
+    loop.guard.process.wait_for_the_launcher = lambda code, seconds: sys.exit(code)
     outcomes: dict[str, tuple[int, str]] = {}
     for name, arguments, env in json.loads((folder / "cases.json").read_text()):
         print(f"rank {rank}: {name}", flush=True)  # the last one, where it hangs

@@ -15,7 +15,7 @@ import loop.saving.publish
 import loop.train
 from loop.guard.process import end_process
 
-PHASES = {  # of saving, in order: what is about to be called
+PHASES = {  # the phases of saving in order, each with the function that is about to be called
     "gather adapter": (loop.saving.checkpoint, "gather_adapter"),
     "gather optimizer": (loop.saving.checkpoint, "gather_optimizer"),
     "publish": (loop.saving.checkpoint, "publish"),

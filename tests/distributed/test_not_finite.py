@@ -13,7 +13,7 @@ from tests.distributed.launching import CONFIGS, DEBUG, ROOT, Run, launch
 STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 DDP = ROOT / "tests" / "accel_configs" / "ddp_gpus.yaml"
 INF_WORKER = ROOT / "tests" / "distributed" / "inf_worker.py"
-ROWS = 16  # of them number 6 is poisoned
+ROWS = 16  # row 6 is poisoned
 
 
 @pytest.fixture(scope="module")

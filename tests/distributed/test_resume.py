@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.distributed.launching import CONFIGS, DEBUG, ROOT, TRAIN, Run, launch
 
 STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
-STEPS = 6  # three epochs of two windows: four rows and three
+STEPS = 6  # three epochs of two steps: one of four rows and one of three
 MIDDLE = 3  # steps learned where the run is resumed: in the middle of an epoch
 
 
