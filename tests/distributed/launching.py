@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.utils.cpp_extension import _get_build_directory
+
 from tests.warm import clean_environment, cold_popen, popen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,6 +19,8 @@ TRAIN = ROOT / "loop" / "train.py"
 WORKER = ROOT / "tests" / "distributed" / "worker.py"
 DEBUG = ("--config", str(ROOT / "loop" / "recipes" / "debug.yaml"))
 ENDLESS = ("--epochs", "10000", "--save_every", "1000", "--rank_timeout", "5")
+# Where DeepSpeed's extensions are built, for runs whose HOME is another one; without it they would be built anew.
+EXTENSIONS = str(Path(_get_build_directory("cpu_adam", verbose=False)).parent)
 BOUND = 25  # seconds from a signal to the end of all processes
 TIMEOUT = 600  # seconds; only so that a hang fails
 
