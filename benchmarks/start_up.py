@@ -12,11 +12,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.launching import CONFIGS, launch_command, run_to_end
 from benchmarks.start_up_worker import BEGUN
 from benchmarks.turns import spread, write_results
 from loop.guard.process import exit_codes
-from tests.distributed.launching import CONFIGS, start
 
+AS_TYPED = ("accelerate.commands.accelerate_cli", "launch")  # the shell command `accelerate launch` runs this module
 STARTED = ("one_process", "zero0", "zero3")
 ABOUT = """Seconds of rank 0, the embedded model and the reference's rows, the extensions built and the files in the
 page cache; the configurations take turns; medians, and the range of the whole."""
@@ -24,12 +25,11 @@ page cache; the configurations take turns; medians, and the range of the whole."
 
 def parts_of_start(config: str) -> dict[str, float]:
     """Seconds that each part takes."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]  # what a user types starts this
-    command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "--main_process_port", "0"]
+    command = launch_command(CONFIGS / f"{config}.yaml", AS_TYPED)
     command += ["--module", "benchmarks.start_up_worker", "--config", "loop/recipes/tiny.yaml"]
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "run"
-        done = start([*command, "--run_dir", str(run_dir)], run_dir, {BEGUN: str(time.time())})
+        command += ["--run_dir", str(Path(folder) / "run")]
+        done = run_to_end(command, {BEGUN: str(time.time())})
     ends = {part: float(seconds) for part, seconds in re.findall(r"^@(.+)@(.+)$", done.output, re.MULTILINE)}
     if "first step" not in ends:
         raise SystemExit(f"{config} did not start:\n{done.output[-4000:]}")

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.launching import CONFIGS, launch_command
 from benchmarks.train_worker import RECIPE, as_reference
 from benchmarks.turns import Measured, spread, take_turns, write_results
 from benchmarks.workload import load_rows, write_compute_bound, write_tiny
@@ -23,7 +24,6 @@ from loop.guard.process import exit_codes
 from loop.measure.flops import Batch, count_computed, matrix_products
 from loop.plan import model_without_weights
 from loop.recipe import parse_recipe
-from tests.distributed.launching import CONFIGS, launcher_command
 
 MICRO = 16
 STEPS = {"compute_bound": 1, "tiny": 16}  # of a turn: some seconds
@@ -56,7 +56,7 @@ class Contender:
     def command(self, folder: Path, steps: int) -> list[str]:
         launch = [sys.executable, "-m"]
         if self.kind == "ours":
-            launch = launcher_command(CONFIGS / f"{self.config}.yaml")
+            launch = launch_command(CONFIGS / f"{self.config}.yaml")
             launch += ["--num_processes", str(self.processes), "--module"]
         return [*launch, "benchmarks.train_worker", self.kind, str(folder), str(steps), self.checkpointing, *self.more]
 

@@ -16,8 +16,8 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
+from benchmarks.docs_section import write_section
 from loop.recipe import ROOT
-from tests.guarantees import write_section
 
 ADDRESS = "PLAINLOOP_TURNS"  # environment variable: where a contender finds the one who calls the turns
 START = 600.0  # seconds in which a contender has to be ready

@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from tests.distributed.launching import CONFIGS, ROOT, launch
-from tests.guarantees import write_section
+from benchmarks.docs_section import write_section
+from benchmarks.launching import CONFIGS, launch_command, run_to_end
+from loop.recipe import ROOT
 
 COMMAND = "python -m benchmarks.zero_settings"
 TINY = ROOT / "data" / "tiny_base"  # for its tokenizer
@@ -137,17 +138,17 @@ def write_accel(variant: Variant, folder: Path) -> Path:
 def run(variant: Variant, task: Path) -> Cost:
     """Exits where the training fails."""
     with tempfile.TemporaryDirectory() as name:
-        done = launch(
-            write_accel(variant, Path(name)),
+        folder = Path(name) / "run"
+        command = [
+            *(*launch_command(write_accel(variant, Path(name))), "loop/train.py", "--run_dir", str(folder)),
             *("--model.name_or_path", str(task / "model"), "--data.train_file", str(task / "rows.jsonl")),
             *("--data.validation_file", "null", "--epochs", "1", "--micro_batch_size", "1", "--tracker", "null"),
             *variant.arguments,
-            folder=Path(name) / "run",
-            env=GIVE_BACK,
-        )
+        ]
+        done = run_to_end(command, GIVE_BACK)
         if done.code:
             sys.exit(f"{variant}:\n{done.output}")
-        return cost(json.loads((done.folder / "usage.json").read_text()))
+        return cost(json.loads((folder / "usage.json").read_text()))
 
 
 def cost(usage: dict[str, Any]) -> Cost:
