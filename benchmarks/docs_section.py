@@ -13,7 +13,7 @@ from loop.recipe import ROOT
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a Markdown table: one line for `head`, one for the rule under it, and one for each of `rows`."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in cells) for cells in (head, *rows)]
     lines.insert(1, "|---" * len(head) + "|")
     return "\n".join(lines)
 
