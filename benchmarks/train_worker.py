@@ -60,6 +60,7 @@ def ours(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> Non
     losses = deque[float](maxlen=LOSSES)
 
     def step(window: Any, *rest: Any) -> Any:
+        assert len(window.micro_batches) == 1, "the figures count one micro-batch a step"
         turns.before_step()
         result = train_step(window, *rest)
         losses.append(float(result.nlls.sum()) / window.num_label_tokens)
@@ -78,7 +79,7 @@ def ours(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> Non
             [
                 *("--model.name_or_path", str(folder), "--data.max_length", "9999", "--epochs", "50"),
                 *("--gradient_checkpointing", checkpointing, "--optim.lr", "1e-4", "--rank_timeout", "100000"),
-                *("--tracker", "null", "--run_dir", f"{runs}/run"),
+                *("--rows_per_step", "null", "--tracker", "null", "--run_dir", f"{runs}/run"),
                 *more,
             ]
         )

@@ -148,7 +148,8 @@ def run(variant: Variant, task: Path) -> Cost:
         command = [
             *(*launch_command(write_accel(variant, Path(name))), "loop/train.py", "--run_dir", str(folder)),
             *("--model.name_or_path", str(task / "model"), "--data.train_file", str(task / "rows.jsonl")),
-            *("--data.validation_file", "null", "--epochs", "1", "--micro_batch_size", "1", "--tracker", "null"),
+            *("--data.validation_file", "null", "--epochs", "1", "--micro_batch_size", "1"),
+            *("--rows_per_step", "null", "--tracker", "null"),
             *variant.arguments,
         ]
         done = run_to_end(command, GIVE_BACK)

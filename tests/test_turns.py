@@ -1,4 +1,4 @@
-"""Contenders of a benchmark take turns, one at a time; one that dies is named with what it said; results are a table."""
+"""Contenders of a benchmark take turns, one at a time, and one that dies is named with what it said."""
 
 import sys
 from pathlib import Path
