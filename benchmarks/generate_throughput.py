@@ -1,7 +1,8 @@
-"""How fast the evaluation answers: `python -m benchmarks.generate_throughput`
+"""Measures how fast the evaluation answers: `python -m benchmarks.generate_throughput`
 
-Ours against the reference's loop (one prompt at a time, the adapter beside the weights), the same with the adapter
-merged, and transformers' generate in batches of 16; on one process, for 20 tokens each.
+It compares our generation with the reference's loop (one prompt at a time, the adapter beside the weights), with the
+same loop and the adapter merged, and with transformers' generate in batches of 16. Each of them is one process and
+generates at most 20 tokens for a prompt.
 """
 
 import argparse
@@ -13,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks.docs_section import markdown_table
 from benchmarks.turns import Measured, spread, take_turns, write_results
-from benchmarks.workload import write_compute_bound, write_tiny
+from benchmarks.workload import RECIPE, lora_config, write_compute_bound, write_tiny
 from eval.peak import usable_cores
 from loop.guard.process import exit_codes
-from loop.recipe import parse_recipe
 
-PROMPTS = {"reference": 8, "merged": 8, "batched": 64, "ours": 200}  # of a turn: so that all take about as long
+PROMPTS = {"reference": 8, "merged": 8, "batched": 64, "ours": 200}  # in a turn, so that all turns take about as long
 NEW_TOKENS = 20
 SHAPES = {
     "compute_bound": ("80 M parameters, random weights", write_compute_bound),
@@ -35,21 +36,20 @@ answers differ from those of the merged model asked one prompt at a time, of the
 
 
 def write_with_adapter(write: Callable[[Path], None], folder: Path, dtype: torch.dtype) -> None:
-    """The adapter is random, and large enough to change answers."""
+    """Writes a model and, in its folder `adapter`, a random adapter that is large enough to change answers."""
     write(folder)
-    recipe = parse_recipe([])[1]
-    lora = LoraConfig(r=recipe.lora.rank, target_modules=list(recipe.lora.target_modules), task_type="CAUSAL_LM")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     base.save_pretrained(folder)
-    model: Any = get_peft_model(base, lora)
+    model: Any = get_peft_model(base, lora_config())
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=0.05 * RECIPE.lora.rank / RECIPE.lora.alpha)
     model.save_pretrained(str(folder / "adapter"))
 
 
 def run(write: Callable[[Path], None], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Lets all contenders answer prompts on the model that `write` makes, and returns the figures of each."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "model"
         write_with_adapter(write, folder, dtype)
@@ -60,9 +60,10 @@ def run(write: Callable[[Path], None], dtype: torch.dtype, rounds: int) -> dict[
 
 
 def _figures(measured: Measured, merged: Measured) -> dict[str, Any]:
+    """Compares what a contender answered with what `merged` answered, and counts its tokens a second."""
     answers, alone, ends = measured.notes["answers"], merged.notes["answers"], measured.notes["ends"]
-    tokens = [sum(map(len, answers[start:end])) for start, end in pairwise(ends)][1:]  # of the turns that count
-    compared = list(zip(answers, alone, strict=False))  # of the prompts that both had
+    tokens = [sum(map(len, answers[start:end])) for start, end in pairwise(ends)][1:]  # the first turn does not count
+    compared = list(zip(answers, alone, strict=False))  # the contender that answered fewer prompts ends the comparison
     return {
         "prompts": ends[1],
         "tokens_per_second": [count / seconds for count, seconds in zip(tokens, measured.seconds, strict=True)],
@@ -73,19 +74,20 @@ def _figures(measured: Measured, merged: Measured) -> dict[str, Any]:
 
 def as_markdown(found: dict[str, Any]) -> str:
     reference = found["reference"]["tokens_per_second"]
-    lines = ["| | prompts a turn | tokens/s | × reference | other answers than one at a time |", "|---" * 5 + "|"]
+    rows = []
     for kind, figures in found.items():
         speeds = figures["tokens_per_second"]
         ratios = spread([a / b for a, b in zip(speeds, reference, strict=True)])
         other = f"{figures['differ_from_one_at_a_time']} of {figures['compared']}"
-        lines.append(f"| {kind} | {figures['prompts']} | {spread(speeds)} | {ratios} | {other} |")
-    return "\n".join(lines)
+        rows.append([kind, str(figures["prompts"]), spread(speeds), ratios, other])
+    head = ["", "prompts a turn", "tokens/s", "× reference", "other answers than one at a time"]
+    return markdown_table(head, rows)
 
 
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generate_throughput", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each that count")
+    parser.add_argument("--rounds", type=int, default=5, help="turns that count, for each contender")
     args = parser.parse_args(argv)
     results, text = {}, [ABOUT]
     for shape, (title, write) in SHAPES.items():

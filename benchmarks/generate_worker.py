@@ -1,7 +1,8 @@
-"""One contender: python -m benchmarks.generate_worker KIND FOLDER PROMPTS MAX_NEW_TOKENS; PROMPTS new ones each turn.
+"""Runs one contender of the generation: python -m benchmarks.generate_worker KIND FOLDER PROMPTS MAX_NEW_TOKENS
 
-KIND is reference (one prompt at a time, the adapter beside the weights), merged (the same, merged), batched
-(transformers' generate, left-padded batches in file order) or ours. FOLDER has a model, an adapter and rows.json.
+KIND is reference (one prompt at a time, the adapter beside the weights), merged (one prompt at a time, the adapter
+merged), batched (transformers' generate, left-padded batches in file order) or ours. FOLDER has a model, an adapter
+and rows.json. Each turn answers the next PROMPTS prompts of rows.json.
 """
 
 import sys
@@ -22,6 +23,7 @@ Answers = list[list[int]]
 
 
 def by_generate(model: Any, prompts: Answers, most: int, batch_size: int) -> Answers:
+    """Answers `prompts` with transformers' generate, in left-padded batches of `batch_size`."""
     answers: Answers = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -42,6 +44,7 @@ def by_generate(model: Any, prompts: Answers, most: int, batch_size: int) -> Ans
 
 
 def ours(model: Any, prompts: Answers, most: int) -> Answers:
+    """Answers `prompts` as the evaluation does."""
     return decode(model, prompts, None, most, END)
 
 

@@ -1,7 +1,8 @@
-"""The 14B shape on one NVIDIA GPU of about 80 GB: `python -m benchmarks.gpu_14b`
+"""Measures the 14B shape on one NVIDIA GPU of about 80 GB: `python -m benchmarks.gpu_14b`
 
-Qwen2.5-14B's shape with random weights, the reference's batch: tokens a second, model FLOPs utilisation, peak memory of
-ours at stage 0 and at stage 3 with offload, and of HF Trainer. Where there is no such card it says so, without figures.
+The model has Qwen2.5-14B's shape and random weights, and a step has the reference's batch. The command measures tokens
+a second, model FLOPs utilisation and peak memory of our loop at stage 0 and at stage 3 with offload, and of HF Trainer.
+On a machine without such a GPU it says so and measures nothing.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.docs_section import markdown_table
 from benchmarks.train_throughput import Contender, computed
 from benchmarks.turns import spread, take_turns, write_results
 from benchmarks.workload import ANSWER, PROMPT, SHARED, TINY, made_up_rows, write_rows
@@ -24,7 +26,7 @@ from loop.plan import model_without_weights
 from loop.recipe import ROOT, parse_recipe
 
 SHAPE = ROOT / "loop" / "shapes" / "Qwen2.5-14B-Instruct"
-ENOUGH = 75e9  # bytes of GPU memory
+ENOUGH = 75e9  # bytes of GPU memory that the benchmark needs
 ROWS = 1798
 ABOUT = """One GPU, Qwen2.5-14B's shape with random weights, 16 rows of 49 tokens a step, LoRA of the reference. Tokens
 are the rows' own, prompts and answers; utilisation counts what a step needs without recomputation, with
@@ -32,7 +34,7 @@ shared tokens once, against a bf16 matrix product measured in the same call."""
 
 
 def write_14b(folder: Path) -> None:
-    """A checkpoint of 29.5 GB, made on the GPU."""
+    """Makes the model on the GPU and writes its checkpoint of 29.5 GB, with rows, to `folder`."""
     config = AutoConfig.from_pretrained(SHAPE)
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -52,10 +54,10 @@ def contenders() -> dict[str, Contender]:
 
 
 def measure(folder: Path, name: str, rounds: int, steps: int) -> dict[str, Any]:
-    """One after the other: no two of them fit on a card."""
+    """Measures one contender alone, because no two of them fit on one GPU."""
     command = contenders()[name].command(folder, steps)
     found = take_turns({name: command}, rounds, threads=8)[name]
-    batch = computed(Contender("ours", "auto"), folder)  # what a step needs, whoever takes it
+    batch = computed(Contender("ours", "auto"), folder)  # what a step needs, whichever contender takes it
     products = matrix_products(model_without_weights(parse_recipe(["--model.name_or_path", str(SHAPE)])[1], "bf16"))
     return {
         "tokens_per_second": [batch.rows * (SHARED + PROMPT + ANSWER) * steps / seconds for seconds in found.seconds],
@@ -66,19 +68,19 @@ def measure(folder: Path, name: str, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def as_markdown(results: dict[str, Any], peak: float) -> str:
-    lines = ["| | tokens/s | model FLOPs utilisation | peak GPU memory, GB | loss |", "|---" * 5 + "|"]
+    rows = []
     for name, row in results.items():
         share = spread([100 * flops / peak for flops in row["flops_per_second"]])
         cells = [name, spread(row["tokens_per_second"]), f"{share} %", f"{row['peak_bytes'] / 1e9:.1f}"]
-        lines.append(f"| {' | '.join(cells)} | {row['loss']:.3f} |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{row['loss']:.3f}"])
+    return markdown_table(["", "tokens/s", "model FLOPs utilisation", "peak GPU memory, GB", "loss"], rows)
 
 
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_14b", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=4, help="turns of each that count")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
+    parser.add_argument("--rounds", type=int, default=4, help="turns that count, for each contender")
+    parser.add_argument("--steps", type=int, default=4, help="steps in a turn")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < ENOUGH:
         print(f"no NVIDIA GPU with {ENOUGH / 1e9:.0f} GB on this machine: nothing was measured")

@@ -1,6 +1,6 @@
-"""What the loop costs beyond its arithmetic: `python -m benchmarks.loop_overhead`
+"""Measures what the loop costs beyond its arithmetic: `python -m benchmarks.loop_overhead`
 
-The loop on one process against a bare forward, backward and AdamW with the same model on the same batches, by turns.
+The loop on one process takes turns with a bare forward, backward and AdamW on the same model and the same batches.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.docs_section import markdown_table
 from benchmarks.train_throughput import Contender
 from benchmarks.turns import spread, take_turns, write_results
 from benchmarks.workload import write_compute_bound
@@ -23,8 +24,8 @@ ratio is of two turns that follow one another."""
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loop_overhead", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="turns of each that count")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a turn")
+    parser.add_argument("--rounds", type=int, default=20, help="turns that count, for each contender")
+    parser.add_argument("--steps", type=int, default=5, help="steps in a turn")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "model"
@@ -34,14 +35,8 @@ def main(argv: Sequence[str]) -> None:
         found = take_turns(commands, args.rounds, usable_cores())
     step = {kind: [seconds / args.steps for seconds in measured.seconds] for kind, measured in found.items()}
     ratios = [ours / bare for ours, bare in zip(step["ours"], step["bare"], strict=True)]
-    text = "\n".join(
-        [
-            "| | step, s | × bare |",
-            "|---|---|---|",
-            f"| bare | {spread(step['bare'])} | 1 |",
-            f"| ours | {spread(step['ours'])} | {spread(ratios)} |",
-        ]
-    )
+    rows = [["bare", spread(step["bare"]), "1"], ["ours", spread(step["ours"]), spread(ratios)]]
+    text = markdown_table(["", "step, s", "× bare"], rows)
     print(text)
     write_results(
         "loop_overhead", "What the loop costs", {"step_seconds": step, "ratios": ratios}, f"{ABOUT}\n\n{text}"

@@ -1,7 +1,8 @@
-"""What grows with what: `python -m benchmarks.scaling`
+"""Measures how time and memory grow with each size: `python -m benchmarks.scaling`
 
-Step time and peak memory of the compute-bound model against rows a micro-batch, tokens a row, hidden size, layers and
-processes, one of them at a time; and the loop's data against the number of rows, from a thousand to a million.
+It measures step time and peak memory of the compute-bound model while one size at a time grows: rows in a micro-batch,
+tokens in a row, hidden size, layers, processes. It also measures the loop's data while the number of rows grows from a
+thousand to a million.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.docs_section import markdown_table
 from benchmarks.train_throughput import Contender
 from benchmarks.turns import take_turns, write_results
 from benchmarks.workload import ANSWER, COMPUTE_BOUND, PROMPT, SHARED, TINY, Shape, write_compute_bound
@@ -33,10 +35,12 @@ of an epoch. Memory is what the process takes beyond a run of a thousand rows.""
 
 @dataclass(frozen=True)
 class Point:
+    """One training of a line: the size that the line changes has the value `value`, the other sizes are usual."""
+
     value: int
     shape: Shape = COMPUTE_BOUND
     rows: int = 8
-    own: tuple[int, int] = (PROMPT, ANSWER)
+    own: tuple[int, int] = (PROMPT, ANSWER)  # tokens that a row does not share: of its prompt, of its answer
     processes: int = 1
 
 
@@ -74,6 +78,7 @@ print(json.dumps({"read": read, "first": first, "last": last, "peak_bytes": peak
 
 
 def measure_line(points: Sequence[Point], rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Lets all points of a line take turns; returns for each the seconds of a step and the peak memory."""
     with tempfile.TemporaryDirectory() as directory:
         commands, ranks = {}, {}
         for point in points:
@@ -90,6 +95,7 @@ def measure_line(points: Sequence[Point], rounds: int, steps: int) -> list[dict[
 
 
 def measure_data(count: int) -> dict[str, Any]:
+    """Reads, tokenizes and deals out `count` rows in a process of its own; returns its seconds and its peak memory."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "rows.jsonl"
         with path.open("w") as file:
@@ -103,26 +109,25 @@ def measure_data(count: int) -> dict[str, Any]:
 
 def line_table(name: str, points: Sequence[dict[str, Any]]) -> str:
     first = points[0]
-    lines = [f"| {name} | × | step, s | × | peak memory, MB |", "|---" * 5 + "|"]
+    rows = []
     for point in points:
         cells = [str(point["value"]), f"{point['value'] / first['value']:g}", f"{point['step']:.3f}"]
-        cells += [f"{point['step'] / first['step']:.2f}", f"{point['peak_bytes'] / 1e6:,.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{point['step'] / first['step']:.2f}", f"{point['peak_bytes'] / 1e6:,.0f}"])
+    return markdown_table([name, "×", "step, s", "×", "peak memory, MB"], rows)
 
 
 def data_table(points: Sequence[dict[str, Any]]) -> str:
     head = ["rows", "read and tokenized, s", "rows a second", "a step's batch, ms: at the start", "at the end"]
-    lines = [f"| {' | '.join([*head, 'memory beyond 1,000 rows, MB'])} |", "|---" * 6 + "|"]
+    rows = []
     for point in points:
         cells = [f"{point['rows']:,}", f"{point['read']:.1f}", f"{point['rows'] / point['read']:,.0f}"]
         cells += [f"{1000 * point[key]:.2f}" for key in ("first", "last")]
-        cells += [f"{(point['peak_bytes'] - points[0]['peak_bytes']) / 1e6:,.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{(point['peak_bytes'] - points[0]['peak_bytes']) / 1e6:,.0f}"])
+    return markdown_table([*head, "memory beyond 1,000 rows, MB"], rows)
 
 
 def chart(found: dict[str, list[dict[str, Any]]]) -> Chart:
+    """Draws each line's step time against its size, both as multiples of the line's first point."""
     series = {
         name: ([p["value"] / points[0]["value"] for p in points], [p["step"] / points[0]["step"] for p in points])
         for name, points in found.items()
@@ -134,9 +139,9 @@ def chart(found: dict[str, list[dict[str, Any]]]) -> Chart:
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each that count")
-    parser.add_argument("--steps", type=int, default=1, help="steps of a turn")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the largest data set")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that count, for each point")
+    parser.add_argument("--steps", type=int, default=1, help="steps in a turn")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows in the largest data set")
     args = parser.parse_args(argv)
     counts = [count for count in (1_000, 10_000, 100_000, 1_000_000) if count <= args.rows]
     data = [measure_data(count) for count in counts]

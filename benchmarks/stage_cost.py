@@ -1,6 +1,7 @@
-"""What each configuration costs beside stage 0: `python -m benchmarks.stage_cost`
+"""Measures what each configuration costs beside stage 0: `python -m benchmarks.stage_cost`
 
-The compute-bound model on two processes, 16 rows each: step time, peak memory, collectives and their bytes.
+Two processes train the compute-bound model with 16 rows each. The command measures step time, peak memory, the number
+of collectives and their bytes.
 """
 
 import argparse
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.docs_section import markdown_table
 from benchmarks.train_throughput import Contender
 from benchmarks.turns import spread, take_turns, write_results
 from benchmarks.workload import write_compute_bound
@@ -25,21 +27,20 @@ ratios within each. Memory is resident host memory of rank 0; collectives are ra
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     first = rows[0]
-    lines = ["| | step, s | × zero0 | peak memory, MB | collectives a step | MB a step |", "|---" * 6 + "|"]
+    cells = []
     for row in rows:
         ratios = spread([a / b for a, b in zip(row["step_seconds"], first["step_seconds"], strict=True)])
-        lines.append(
-            f"| {row['config']} {row['checkpointing']} | {spread(row['step_seconds'])} | {ratios} | "
-            f"{row['peak_bytes'] / 1e6:,.0f} | {row['collectives']:.0f} | {row['collective_bytes'] / 1e6:,.1f} |"
-        )
-    return "\n".join(lines)
+        name, memory = f"{row['config']} {row['checkpointing']}", f"{row['peak_bytes'] / 1e6:,.0f}"
+        traffic = [f"{row['collectives']:.0f}", f"{row['collective_bytes'] / 1e6:,.1f}"]
+        cells.append([name, spread(row["step_seconds"]), ratios, memory, *traffic])
+    return markdown_table(["", "step, s", "× zero0", "peak memory, MB", "collectives a step", "MB a step"], cells)
 
 
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stage_cost", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=4, help="turns of each that count")
-    parser.add_argument("--steps", type=int, default=1, help="steps of a turn")
+    parser.add_argument("--rounds", type=int, default=4, help="turns that count, for each configuration")
+    parser.add_argument("--steps", type=int, default=1, help="steps in a turn")
     args = parser.parse_args(argv)
     tables: dict[str, list[dict[str, Any]]] = {}
     for checkpointing in ("auto", "non_reentrant"):

@@ -1,6 +1,7 @@
-"""From the launch to the first step: `python -m benchmarks.start_up`
+"""Measures the time from the launch to the first step: `python -m benchmarks.start_up`
 
-The embedded model and the reference's rows, in a few configurations; what each part of the start takes.
+It starts a training of the embedded model on the reference's rows in a few configurations, and measures how long each
+part of the start takes.
 """
 
 import argparse
@@ -12,24 +13,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.docs_section import markdown_table
+from benchmarks.launching import CONFIGS, launch_command, run_to_end
 from benchmarks.start_up_worker import BEGUN
 from benchmarks.turns import spread, write_results
 from loop.guard.process import exit_codes
-from tests.distributed.launching import CONFIGS, start
 
+AS_TYPED = ("accelerate.commands.accelerate_cli", "launch")  # the shell command `accelerate launch` runs this module
 STARTED = ("one_process", "zero0", "zero3")
 ABOUT = """Seconds of rank 0, the embedded model and the reference's rows, the extensions built and the files in the
 page cache; the configurations take turns; medians, and the range of the whole."""
 
 
 def parts_of_start(config: str) -> dict[str, float]:
-    """Seconds that each part takes."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]  # what a user types starts this
-    command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "--main_process_port", "0"]
+    """Starts a training with `config` and returns the seconds that each part of its start takes."""
+    command = launch_command(CONFIGS / f"{config}.yaml", AS_TYPED)
     command += ["--module", "benchmarks.start_up_worker", "--config", "loop/recipes/tiny.yaml"]
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "run"
-        done = start([*command, "--run_dir", str(run_dir)], run_dir, {BEGUN: str(time.time())})
+        command += ["--run_dir", str(Path(folder) / "run")]
+        done = run_to_end(command, {BEGUN: str(time.time())})
     ends = {part: float(seconds) for part, seconds in re.findall(r"^@(.+)@(.+)$", done.output, re.MULTILINE)}
     if "first step" not in ends:
         raise SystemExit(f"{config} did not start:\n{done.output[-4000:]}")
@@ -38,18 +40,18 @@ def parts_of_start(config: str) -> dict[str, float]:
 
 def as_markdown(found: dict[str, list[dict[str, float]]]) -> str:
     parts = list(found[STARTED[0]][0])
-    lines = [f"| | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
+    rows = []
     for part in parts:
         cells = [f"{statistics.median(start[part] for start in starts):.2f}" for starts in found.values()]
-        lines.append(f"| {part} | {' | '.join(cells)} |")
+        rows.append([part, *cells])
     whole = [spread([sum(start.values()) for start in starts]) for starts in found.values()]
-    return "\n".join([*lines, f"| **all** | {' | '.join(whole)} |"])
+    return markdown_table(["", *found], [*rows, ["**all**", *whole]])
 
 
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.start_up", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="starts of each that count")
+    parser.add_argument("--rounds", type=int, default=5, help="starts that count, for each configuration")
     args = parser.parse_args(argv)
     found: dict[str, list[dict[str, float]]] = {config: [] for config in STARTED}
     for turn in range(args.rounds + 1):

@@ -1,4 +1,7 @@
-"""One start, and when its parts are over: python -m benchmarks.start_up_worker --KEY VALUE …"""
+"""Starts one training and prints when each part of its start is over.
+
+`python -m benchmarks.start_up_worker --KEY VALUE …` takes the arguments of loop/train.py.
+"""
 
 import os
 import sys
@@ -6,7 +9,7 @@ import time
 from collections.abc import Callable
 
 BEGUN = "PLAINLOOP_BEGUN"  # environment variable: time.time() when the launcher was started
-PARTS = {  # each ends when this function of loop/train.py has returned
+PARTS = {  # a part ends when this function of loop/train.py has returned
     "rows and model checked": "check_model",
     "accelerator": "build_accelerator",
     "model": "build_optimizer",
@@ -16,6 +19,7 @@ PARTS = {  # each ends when this function of loop/train.py has returned
 
 
 def over(part: str) -> None:
+    """On rank 0, prints that `part` is over, with the seconds since the launcher was started."""
     if os.environ.get("RANK", "0") == "0":
         print(f"@{part}@{time.time() - float(os.environ[BEGUN])}", flush=True)
 
@@ -30,6 +34,8 @@ def main(argv: list[str]) -> None:
     over("other libraries")
 
     def timed(part: str, function: Callable[..., object]) -> Callable[..., object]:
+        """Wraps `function`, so that it says that `part` is over; the process ends after the first step."""
+
         def call(*arguments: object) -> object:
             result = function(*arguments)
             over(part)

@@ -1,7 +1,8 @@
-"""How fast the loop trains, beside what a user would take instead: `python -m benchmarks.train_throughput`
+"""Measures how fast the loop trains beside what a user could take instead: `python -m benchmarks.train_throughput`
 
-Ours against the reference's way (HF Trainer, rows padded to 51, all logits) and TRL's SFTTrainer, on one process: same
-model, rows, precision, LoRA and rows a step. Needs the extra `bench` (pip install -e '.[bench]').
+It compares our loop with the reference's way (HF Trainer, rows padded to 51, all logits) and with TRL's SFTTrainer.
+Each of them is one process and has the same model, rows, precision, LoRA and rows a step. The command needs the extra
+`bench` (pip install -e '.[bench]').
 """
 
 import argparse
@@ -13,9 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train_worker import RECIPE, as_reference
+from benchmarks.docs_section import markdown_table
+from benchmarks.launching import CONFIGS, launch_command
+from benchmarks.train_worker import as_reference
 from benchmarks.turns import Measured, spread, take_turns, write_results
-from benchmarks.workload import load_rows, write_compute_bound, write_tiny
+from benchmarks.workload import RECIPE, load_rows, write_compute_bound, write_tiny
 from data.batch import windows
 from data.errors import UserError
 from eval.peak import matmul_peak, usable_cores
@@ -23,10 +26,9 @@ from loop.guard.process import exit_codes
 from loop.measure.flops import Batch, count_computed, matrix_products
 from loop.plan import model_without_weights
 from loop.recipe import parse_recipe
-from tests.distributed.launching import CONFIGS, launcher_command
 
 MICRO = 16
-STEPS = {"compute_bound": 1, "tiny": 16}  # of a turn: some seconds
+STEPS = {"compute_bound": 1, "tiny": 16}  # in a turn, so that it takes some seconds
 TITLES = {
     "compute_bound": "80 M parameters (hidden 768, 8 layers), rows of 20 shared tokens, 10 of prompt and 19 of answer",
     "tiny": "The embedded model's shape, the reference's rows",
@@ -42,10 +44,12 @@ AGAINST = ("trainer checkpointed", "trainer kept", "trl checkpointed", "trl kept
 
 @dataclass(frozen=True)
 class Contender:
+    """One of those that train in turns: a kind of benchmarks/train_worker.py and what it is told."""
+
     kind: str
     checkpointing: str
     more: tuple[str, ...] = ()
-    config: str = "one_process"  # of accel_configs/, for ours
+    config: str = "one_process"  # names a file of accel_configs/; only ours reads it
     processes: int = 1
 
     @property
@@ -54,9 +58,10 @@ class Contender:
         return " ".join((self.kind, *(word for word in self.more if not word.startswith("--")), kept))
 
     def command(self, folder: Path, steps: int) -> list[str]:
+        """Returns the command that trains the model in `folder`, with `steps` steps in a turn."""
         launch = [sys.executable, "-m"]
         if self.kind == "ours":
-            launch = launcher_command(CONFIGS / f"{self.config}.yaml")
+            launch = launch_command(CONFIGS / f"{self.config}.yaml")
             launch += ["--num_processes", str(self.processes), "--module"]
         return [*launch, "benchmarks.train_worker", self.kind, str(folder), str(steps), self.checkpointing, *self.more]
 
@@ -71,7 +76,7 @@ def contenders() -> list[Contender]:
 
 
 def computed(one: Contender, folder: Path) -> Batch:
-    """Of a step: what is computed, padding and all."""
+    """Counts what `one` computes in a step, padding included."""
     examples = load_rows(folder)
     if one.kind == "trainer":
         tokens = len(as_reference(examples)[0]["input_ids"])
@@ -85,6 +90,7 @@ def computed(one: Contender, folder: Path) -> Batch:
 
 
 def table(found: dict[str, Measured], chosen: Sequence[Contender], folder: Path, steps: int, peak: float) -> list[Any]:
+    """Works out the figures of each contender in `chosen`; `peak` is what a matrix product reaches, in FLOP/s."""
     recipe = parse_recipe(["--model.name_or_path", str(folder)])[1]
     products = matrix_products(model_without_weights(recipe, "bf16"))
     rows = []
@@ -106,10 +112,13 @@ def table(found: dict[str, Measured], chosen: Sequence[Contender], folder: Path,
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """`rows` of `table`; ratios are those of the single rounds, in which all took their turns: median and range."""
+    """Turns the `rows` of `table` into Markdown.
+
+    A ratio compares two contenders in the same round; the table shows its median and range over the rounds.
+    """
     speeds = {row["contender"]: row["samples_per_second"] for row in rows}
     head = ["", "samples/s", *(f"× {other}" for other in AGAINST), "tokens a row", "GFLOP/s", "of peak", "loss"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    body = []
     for row in rows:
         own = row["samples_per_second"]
         ratios = [
@@ -118,16 +127,16 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
         ]
         cells = [row["contender"], spread(own), *ratios, f"{row['tokens_per_row']:.1f}"]
         cells += [f"{row['flops_per_second'] / 1e9:.0f}", f"{row['share_of_peak']:.0%}", f"{row['loss']:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        body.append(cells)
+    return markdown_table(head, body)
 
 
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_throughput", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each that count")
+    parser.add_argument("--rounds", type=int, default=5, help="turns that count, for each contender")
     parser.add_argument("--model", choices=("compute_bound", "tiny", "both"), default="both")
-    parser.add_argument("--only", nargs="+", help="names of contenders")
+    parser.add_argument("--only", nargs="+", help="names of the contenders to measure")
     args = parser.parse_args(argv)
     if importlib.util.find_spec("trl") is None:
         raise UserError("trl is not installed. Run: pip install -e '.[bench]'")

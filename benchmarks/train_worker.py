@@ -1,6 +1,6 @@
-"""One contender: python -m benchmarks.train_worker KIND FOLDER STEPS CHECKPOINTING [--KEY VALUE …]
+"""Runs one contender of the training: python -m benchmarks.train_worker KIND FOLDER STEPS CHECKPOINTING [--KEY VALUE …]
 
-KIND is ours, bare, trainer, trl or trl_packing; FOLDER a model with rows.json; STEPS those of a turn.
+KIND is ours, bare, trainer, trl or trl_packing. FOLDER has a model and rows.json. A turn has STEPS steps.
 """
 
 import importlib
@@ -14,25 +14,25 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.turns import Turns
-from benchmarks.workload import load_rows
+from benchmarks.workload import load_rows, lora_config
 from data.batch import epoch_order, windows
 from data.examples import Example
 from loop.measure.phases import ACCOUNT, STEP
 from loop.model.build import Data, adapt, set_checkpointing, set_layout
-from loop.recipe import Recipe, parse_recipe
 from loop.step import summed_nll
 
-SOURCE, TARGET = 30, 20  # tokens the reference pads prompt and answer to; one more of padding stands behind
+SOURCE, TARGET = 30, 20  # tokens to which the reference pads prompt and answer; one more padding token follows
 PAD = 0
-LOSSES = 16  # steps of which the mean is shown
-RECIPE: Recipe = parse_recipe([])[1]
+LOSSES = 16  # the loss that a contender tells is the mean of its last 16 steps
 
 
 class TakesTurns(TrainerCallback):
+    """Makes a HF Trainer, or a trainer derived from it, wait for its turns."""
+
     def __init__(self, turns: Turns) -> None:
         self.turns, self.losses = turns, deque[float](maxlen=LOSSES)
 
@@ -53,12 +53,14 @@ def mean_of(losses: deque[float]) -> float:
 
 
 def ours(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> None:
+    """Runs our whole loop, with its rows taken from `folder`."""
     import loop.train
     from loop.step import train_step
 
     losses = deque[float](maxlen=LOSSES)
 
     def step(window: Any, *rest: Any) -> Any:
+        assert len(window.micro_batches) == 1, "the figures count one micro-batch a step"
         turns.before_step()
         result = train_step(window, *rest)
         losses.append(float(result.nlls.sum()) / window.num_label_tokens)
@@ -75,32 +77,22 @@ def ours(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> Non
     ):
         loop.train.main(
             [
-                *("--model.name_or_path", str(folder), "--gradient_checkpointing", checkpointing, "--epochs", "50"),
-                *(
-                    "--rank_timeout",
-                    "100000",
-                    "--optim.lr",
-                    "1e-4",
-                    "--tracker",
-                    "null",
-                    "--run_dir",
-                    f"{runs}/run",
-                    "--data.max_length",
-                    "9999",
-                ),
+                *("--model.name_or_path", str(folder), "--data.max_length", "9999", "--epochs", "50"),
+                *("--gradient_checkpointing", checkpointing, "--optim.lr", "1e-4", "--rank_timeout", "100000"),
+                *("--rows_per_step", "null", "--tracker", "null", "--run_dir", f"{runs}/run"),
                 *more,
             ]
         )
 
 
 def bare(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> None:
-    """Forward, backward and AdamW on our batches with our model, and nothing else of our loop."""
+    """Runs forward, backward and AdamW with our model on our batches, and nothing else of our loop."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": device})
     model.config.use_cache = False
     set_layout(model, "shared_prefix")
     set_checkpointing(model, checkpointing)
-    model = adapt(model, lora(), autocast_adapter_dtype=True).train()
+    model = adapt(model, lora_config(), autocast_adapter_dtype=True).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.1)
     examples = load_rows(folder)
@@ -117,7 +109,7 @@ def bare(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> Non
 
 
 def cost_of_step() -> dict[str, float]:
-    """This rank's so far: collectives and their bytes a step, peak bytes of a step's phases."""
+    """Returns what this rank's steps have cost so far: collectives and their bytes a step, and the peak bytes."""
     costs = [ACCOUNT.costs[phase] for phase in STEP if phase in ACCOUNT.costs]
     traffic = [each for cost in costs for each in cost.collectives.values()]
     steps = len(ACCOUNT.step_seconds) + 1
@@ -128,18 +120,8 @@ def cost_of_step() -> dict[str, float]:
     }
 
 
-def lora() -> LoraConfig:
-    return LoraConfig(
-        r=RECIPE.lora.rank,
-        lora_alpha=int(RECIPE.lora.alpha),
-        lora_dropout=RECIPE.lora.dropout,
-        target_modules=list(RECIPE.lora.target_modules),
-        task_type="CAUSAL_LM",
-    )
-
-
 def arguments(checkpointing: str, out: str) -> dict[str, Any]:
-    """What both trainers are told, as the reference's own run."""
+    """Returns the arguments of both trainers, which are those of the reference's own run."""
     return {
         "output_dir": out,
         "per_device_train_batch_size": 16,
@@ -160,8 +142,10 @@ def arguments(checkpointing: str, out: str) -> dict[str, Any]:
 
 
 def as_reference(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
-    """Rows of 51 tokens, or of more where prompts or answers are longer than the reference's: their padding is in the
-    labels, and their attention mask has a hole."""
+    """Pads `examples` as the reference does: the labels contain padding, and the attention mask has a hole.
+
+    A row has 51 tokens, or more where prompts or answers are longer than the reference's.
+    """
     source = max(SOURCE, *(len(example.prompt_ids) for example in examples))
     target = max(TARGET, *(len(example.answer_ids) for example in examples))
     rows = []
@@ -178,11 +162,12 @@ def stacked(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def trainer(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> None:
+    """Trains with HF Trainer in the reference's way."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.enable_input_require_grads()
     with tempfile.TemporaryDirectory() as out:
         Trainer(
-            model=get_peft_model(model, lora()),
+            model=get_peft_model(model, lora_config()),
             args=TrainingArguments(**arguments(checkpointing, out)),
             train_dataset=as_reference(load_rows(folder)),
             data_collator=stacked,
@@ -191,7 +176,8 @@ def trainer(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> 
 
 
 def trl(folder: Path, turns: Turns, checkpointing: str, more: list[str], packing: bool = False) -> None:
-    library: Any = importlib.import_module("trl")  # an extra, which not everybody has
+    """Trains with TRL's SFTTrainer; `packing` puts as many rows as a micro-batch has into one row."""
+    library: Any = importlib.import_module("trl")  # it comes with the extra `bench`, which not everybody installs
     datasets: Any = importlib.import_module("datasets")
     rows = [
         {
@@ -206,7 +192,7 @@ def trl(folder: Path, turns: Turns, checkpointing: str, more: list[str], packing
         "packing": packing,
         "max_length": 16 * longest if packing else longest,
     }
-    if packing:  # as many rows as a micro-batch has, in one
+    if packing:  # the one row of a micro-batch holds 16 of ours
         how["per_device_train_batch_size"] = 1
     with tempfile.TemporaryDirectory() as out:
         library.SFTTrainer(
@@ -214,7 +200,7 @@ def trl(folder: Path, turns: Turns, checkpointing: str, more: list[str], packing
             args=library.SFTConfig(**(arguments(checkpointing, out) | how)),
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(folder),
-            peft_config=lora(),
+            peft_config=lora_config(),
             callbacks=[TakesTurns(turns)],
         ).train()
 

@@ -1,6 +1,6 @@
-"""Contenders that take turns on one machine: each lives in a process of its own and works only when it is its turn.
+"""Lets contenders take turns on one machine: each lives in a process of its own and works only when it is its turn.
 
-So whatever else the machine does falls on all of them alike, and figures of one call can be compared.
+So whatever else the machine does slows all contenders alike, and figures of one call can be compared.
 """
 
 import json
@@ -16,19 +16,19 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
+from benchmarks.docs_section import write_section
 from loop.recipe import ROOT
-from tests.guarantees import write_section
 
-ADDRESS = "PLAINLOOP_TURNS"  # environment variable: where a contender finds the one who calls the turns
-START = 600.0  # seconds in which a contender has to be ready
+ADDRESS = "PLAINLOOP_TURNS"  # environment variable: the socket at which a contender waits for its turns
+START = 600.0  # a contender has to be ready within these seconds
 
 
 @dataclass
 class Measured:
-    """Of one contender, the first turn left out."""
+    """What one contender took and said; the first turn is left out."""
 
-    seconds: list[float] = field(default_factory=list)  # of each turn
-    notes: dict[str, Any] = field(default_factory=dict)  # the last turn's
+    seconds: list[float] = field(default_factory=list)  # one number for each turn
+    notes: dict[str, Any] = field(default_factory=dict)  # what the contender said after its last turn
 
     @property
     def median(self) -> float:
@@ -36,7 +36,7 @@ class Measured:
 
 
 class Turns:
-    """A contender's side."""
+    """The contender's side of taking turns: it calls `before_step` and `after_step` around each of its steps."""
 
     def __init__(self, steps: int) -> None:
         self.connection = Client(os.environ[ADDRESS], family="AF_UNIX")
@@ -44,8 +44,10 @@ class Turns:
         self.notes: dict[str, Any] = {}
 
     def before_step(self) -> None:
-        """Before a turn's first step: says what the turn before took, all that came after its last step included, and
-        waits for its own; ends the process after the last."""
+        """Before the first step of a turn, waits for the turn; after the last turn, ends the process.
+
+        Before it waits it sends how long the previous turn took, with everything that came after that turn's last step.
+        """
         if self.left == 0:
             if self.begun:
                 self.connection.send((time.perf_counter() - self.begun, self.notes))
@@ -55,15 +57,17 @@ class Turns:
             self.begun, self.left = time.perf_counter(), self.steps
 
     def after_step(self, **notes: Any) -> None:
+        """Counts the step; `notes` is what the contender says when the turn is over."""
         self.left, self.notes = self.left - 1, notes
 
 
 def take_turns(
     commands: Mapping[str, Sequence[str]], rounds: int, threads: int, ranks: Mapping[str, int] | None = None
 ) -> dict[str, Measured]:
-    """Seconds of each contender's turns, `rounds` of them and one before that does not count.
+    """Starts all `commands`, gives each `rounds` turns after a first one that does not count, and returns the seconds.
 
-    `ranks` says how many processes a command starts that take turns, where it is not one; the slowest counts.
+    `ranks` says how many processes of a command take turns, where it is more than one; the slowest of them counts.
+    Raises SystemExit, with what a contender wrote, when that contender does not start or ends too early.
     """
     measured = {name: Measured() for name in commands}
     with tempfile.TemporaryDirectory() as folder:
@@ -105,6 +109,7 @@ def take_turns(
 
 
 def _accept(listener: Listener, process: subprocess.Popen[bytes], name: str, log: Path) -> Connection:
+    """Waits until a process of the contender `name` connects; raises SystemExit when the contender ends before."""
     listener._listener._socket.settimeout(1.0)  # type: ignore[attr-defined]
     begun = time.monotonic()
     while time.monotonic() - begun < START:
@@ -117,7 +122,7 @@ def _accept(listener: Listener, process: subprocess.Popen[bytes], name: str, log
 
 
 def write_results(name: str, title: str, results: dict[str, Any], text: str) -> None:
-    """benchmarks/results/<name>.json, and a section of docs/performance.md."""
+    """Writes `results` to benchmarks/results/<name>.json, and `text` as a section of docs/performance.md."""
     file = ROOT / "benchmarks" / "results" / f"{name}.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(results, indent=1) + "\n")
@@ -125,7 +130,7 @@ def write_results(name: str, title: str, results: dict[str, Any], text: str) -> 
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median and range, as "16.2 (15.9 to 16.4)" or "6,710 (6,030 to 7,840)"."""
+    """Formats the median and the range of `values`, as "16.2 (15.9 to 16.4)" or "6,710 (6,030 to 7,840)"."""
     median, least, most = (
         f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
         for value in (statistics.median(values), min(values), max(values))

@@ -1,4 +1,7 @@
-"""Models and rows to be fast on: a folder with a checkpoint of random weights, and rows.json with token ids."""
+"""Makes what the benchmarks train: folders with a checkpoint of random weights and rows.json with token ids.
+
+The LoRA configuration that all contenders share is here too.
+"""
 
 import json
 import random
@@ -8,22 +11,25 @@ from pathlib import Path
 
 import torch
 import transformers
+from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, set_seed
 
 from data.chat import encode_rows
 from data.examples import Example
 from data.rows import read_rows
 from data.sums import SYSTEM_PROMPT
-from loop.recipe import ROOT
+from loop.recipe import ROOT, Recipe, parse_recipe
 
 TINY = ROOT / "data" / "tiny_base"
-ROWS = 1798  # as the reference has
-SHARED, PROMPT, ANSWER = 20, 10, 19  # tokens of a row, as Qwen2.5's tokenizer cuts the reference's; 18 and an end token
+RECIPE: Recipe = parse_recipe([])[1]  # the recipe's defaults
+ROWS = 1798  # the reference has as many
+# How many tokens a row of the reference has with Qwen2.5's tokenizer. An answer is 18 tokens and the end token.
+SHARED, PROMPT, ANSWER = 20, 10, 19
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Qwen2."""
+    """The sizes of a Qwen2 model."""
 
     hidden: int = 768
     intermediate: int = 2624
@@ -36,7 +42,11 @@ COMPUTE_BOUND = Shape()  # 80 million parameters: matrix products take most of a
 
 
 def write_compute_bound(folder: Path, shape: Shape = COMPUTE_BOUND, tokens: tuple[int, int, int] | None = None) -> None:
-    """`tokens` of a row: shared by all, of its own prompt, of its answer with the end token."""
+    """Writes a Qwen2 of the sizes `shape`, a tokenizer and rows to `folder`.
+
+    `tokens` counts the tokens of a row: those that all rows share, those of its own prompt, and those of its answer
+    with the end token.
+    """
     set_seed(0)
     config = Qwen2Config(
         vocab_size=shape.vocab,
@@ -54,6 +64,7 @@ def write_compute_bound(folder: Path, shape: Shape = COMPUTE_BOUND, tokens: tupl
 
 
 def made_up_rows(count: int, vocab: int, shared: int, prompt: int, answer: int) -> list[Example]:
+    """Makes `count` rows of random tokens; every prompt begins with the same `shared` tokens."""
     drawn = random.Random(0)
 
     def ids(number: int) -> list[int]:
@@ -63,8 +74,19 @@ def made_up_rows(count: int, vocab: int, shared: int, prompt: int, answer: int) 
     return [Example(row, system + ids(prompt), ids(answer)) for row in range(1, count + 1)]
 
 
+def lora_config() -> LoraConfig:
+    """Returns PEFT's configuration with the numbers of the default recipe."""
+    return LoraConfig(
+        r=RECIPE.lora.rank,
+        lora_alpha=int(RECIPE.lora.alpha),
+        lora_dropout=RECIPE.lora.dropout,
+        target_modules=list(RECIPE.lora.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
 def write_tiny(folder: Path) -> None:
-    """The embedded model's shape with random weights, and the reference's rows as its tokenizer cuts them."""
+    """Writes a model of the embedded model's shape, and the reference's rows as the embedded tokenizer cuts them."""
     set_seed(0)
     transformers.utils.logging.disable_progress_bar()
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY), dtype=torch.bfloat16).save_pretrained(folder)

@@ -1,7 +1,8 @@
-"""What each setting of ZeRO changes: one short training a value, as a user starts it, next to its default.
+"""Measures what each setting of ZeRO changes: `python -m benchmarks.zero_settings`
 
-Two processes on CPUs, a Qwen2 of 61 M random weights. Writes the section "Measured" of docs/zero.md; about ten
-minutes on two quiet cores.
+For each value of a setting it starts one short training as a user does, and compares it with the default. Two processes
+on CPUs train a Qwen2 of 61 M random weights. The command writes the section "Measured" of docs/zero.md, and takes about
+ten minutes on two quiet cores.
 """
 
 import argparse
@@ -18,19 +19,20 @@ from typing import Any
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from tests.distributed.launching import CONFIGS, ROOT, launch
-from tests.guarantees import write_section
+from benchmarks.docs_section import markdown_table, write_section
+from benchmarks.launching import CONFIGS, launch_command, run_to_end
+from benchmarks.workload import TINY
+from loop.recipe import ROOT
 
 COMMAND = "python -m benchmarks.zero_settings"
-TINY = ROOT / "data" / "tiny_base"  # for its tokenizer
 HIDDEN, INTERMEDIATE, LAYERS = 512, 2048, 16
 STEPS, WARM_UP = 10, 3
 STEP_PHASES = ("forward", "backward", "update")
-EVERYTHING = 1_000_000_000  # DeepSpeed's default of two sizes; more than this model has
-SHARE = 4_100_000  # what that default is of Qwen2.5-14B (6.8 %), of this model
-SMALL = 88_000  # elements: a sixteenth of what trains
+EVERYTHING = 1_000_000_000  # DeepSpeed's default for two sizes, in elements; this model has fewer
+SHARE = 4_100_000  # the share of this model that the default is of Qwen2.5-14B: 6.8 %
+SMALL = 88_000  # elements; a sixteenth of the weights that are trained
 HOST = {"device": "cpu", "pin_memory": False}
-# So that the C library gives memory back when it is freed, and what is resident is what is held.
+# With this the C library returns memory to the system as soon as it is freed: resident memory is memory in use.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -48,7 +50,7 @@ STAGES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A stage with one setting changed; without a setting its default."""
+    """A stage with one setting changed; without a setting it is the default of its stage."""
 
     stage: str
     setting: str = ""
@@ -60,14 +62,19 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run. collectives: kind -> (count, bytes) a step of rank 0; seconds: median of the steady steps."""
+    """What one run costs.
+
+    `seconds` is the median of the steady steps. `collectives` maps each kind of collective to how many of them, and
+    how many bytes in them, rank 0 sends in a step.
+    """
 
     seconds: float
-    peak_bytes: int  # resident, rank 0, over forward, backward and update
+    peak_bytes: int  # the resident memory of rank 0 in forward, backward and update
     collectives: dict[str, tuple[float, float]]
 
 
 def one(stage: str, setting: str, *values: Any) -> list[Variant]:
+    """Returns one variant for each of `values` that `setting` takes."""
     return [Variant(stage, f"`{setting}`", f"{v:,}" if type(v) is int else json.dumps(v), {setting: v}) for v in values]
 
 
@@ -101,7 +108,7 @@ VARIANTS = [
 
 
 def write_task(folder: Path) -> None:
-    """model, with random weights, and rows.jsonl, with two rows a step."""
+    """Writes a model with random weights to `folder`/model, and two rows for each step to `folder`/rows.jsonl."""
     set_seed(0)
     config = AutoConfig.from_pretrained(
         TINY,
@@ -118,7 +125,7 @@ def write_task(folder: Path) -> None:
 
 
 def write_accel(variant: Variant, folder: Path) -> Path:
-    """The accelerate YAML of this variant, beside the JSON that it names."""
+    """Writes the accelerate YAML of `variant` and the DeepSpeed JSON that it names; returns the YAML's path."""
     config = {
         "zero_optimization": STAGES[variant.stage] | dict(variant.zero),
         "bf16": {"enabled": True},
@@ -135,23 +142,24 @@ def write_accel(variant: Variant, folder: Path) -> Path:
 
 
 def run(variant: Variant, task: Path) -> Cost:
-    """Exits where the training fails."""
+    """Trains `variant` on the model and the rows in `task`; ends this command when the training fails."""
     with tempfile.TemporaryDirectory() as name:
-        done = launch(
-            write_accel(variant, Path(name)),
+        folder = Path(name) / "run"
+        command = [
+            *(*launch_command(write_accel(variant, Path(name))), "loop/train.py", "--run_dir", str(folder)),
             *("--model.name_or_path", str(task / "model"), "--data.train_file", str(task / "rows.jsonl")),
-            *("--data.validation_file", "null", "--epochs", "1", "--micro_batch_size", "1", "--tracker", "null"),
+            *("--data.validation_file", "null", "--epochs", "1", "--micro_batch_size", "1"),
+            *("--rows_per_step", "null", "--tracker", "null"),
             *variant.arguments,
-            folder=Path(name) / "run",
-            env=GIVE_BACK,
-        )
+        ]
+        done = run_to_end(command, GIVE_BACK)
         if done.code:
             sys.exit(f"{variant}:\n{done.output}")
-        return cost(json.loads((done.folder / "usage.json").read_text()))
+        return cost(json.loads((folder / "usage.json").read_text()))
 
 
 def cost(usage: dict[str, Any]) -> Cost:
-    """Of a run's usage.json."""
+    """Works out what a step of a run costs from the run's usage.json."""
     steps = usage["last_step"] - usage["first_step"]
     phases = usage["ranks"][0]["phases"]
     collectives: dict[str, tuple[float, float]] = {}
@@ -167,14 +175,17 @@ def cost(usage: dict[str, Any]) -> Cost:
 
 
 def order(stage: str) -> Iterator[Variant]:
-    """The default first, in the middle and last, so that what the machine does meanwhile shows."""
+    """Yields the variants of `stage` in the order in which they run.
+
+    The default runs first, in the middle and last: how much its runs differ shows how steady the machine is.
+    """
     changed = [variant for variant in VARIANTS if variant.stage == stage]
     middle = len(changed) // 2
     yield from (Variant(stage), *changed[:middle], Variant(stage), *changed[middle:], Variant(stage))
 
 
-def table(results: Sequence[tuple[Variant, Cost]]) -> list[str]:
-    """Of one stage."""
+def table(results: Sequence[tuple[Variant, Cost]]) -> str:
+    """Describes the default of one stage, followed by the table that compares its variants with the default."""
     defaults = [cost for variant, cost in results if not variant.setting]
     usual = Cost(
         seconds=median(cost.seconds for cost in defaults),
@@ -183,14 +194,12 @@ def table(results: Sequence[tuple[Variant, Cost]]) -> list[str]:
     )
     times = [cost.seconds / usual.seconds for cost in defaults]
     peaks = [cost.peak_bytes - usual.peak_bytes for cost in defaults]
-    lines = [
+    said = (
         f"The default takes {usual.seconds:.2f} s a step and {usual.peak_bytes / 1e6:,.0f} MB at its peak, "
         f"{count_and_size(usual)}. Its three runs lie between {min(times):.2f} and {max(times):.2f} times "
-        f"that in time, and within {(max(peaks) - min(peaks)) / 1e6:.0f} MB.",
-        "",
-        "| setting | value | step time | peak memory, MB | collectives a step | MB a step | differs in |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        f"that in time, and within {(max(peaks) - min(peaks)) / 1e6:.0f} MB."
+    )
+    rows = []
     for variant, cost in results:
         if variant.setting:
             count, size = total(cost)
@@ -198,15 +207,14 @@ def table(results: Sequence[tuple[Variant, Cost]]) -> list[str]:
             seen = changes(cost, usual)
             seen += [f"time × {relative:.2f}"] * (not min(times) <= relative <= max(times))
             seen += [f"memory {more / 1e6:+,.0f} MB"] * (not min(peaks) <= more <= max(peaks))
-            lines.append(
-                f"| {variant.setting} | {variant.value} | {relative:.2f} | {more / 1e6:+,.0f} | {count:,.0f} | "
-                f"{size / 1e6:,.0f} | {'; '.join(seen) or 'nothing'} |"
-            )
-    return lines
+            cells = [variant.setting, variant.value, f"{relative:.2f}", f"{more / 1e6:+,.0f}", f"{count:,.0f}"]
+            rows.append([*cells, f"{size / 1e6:,.0f}", "; ".join(seen) or "nothing"])
+    head = ["setting", "value", "step time", "peak memory, MB", "collectives a step", "MB a step", "differs in"]
+    return f"{said}\n\n{markdown_table(head, rows)}"
 
 
 def total(cost: Cost) -> tuple[float, float]:
-    """Count and bytes of all collectives of a step."""
+    """Returns how many collectives a step makes, and how many bytes they send."""
     return sum(count for count, _ in cost.collectives.values()), sum(size for _, size in cost.collectives.values())
 
 
@@ -216,7 +224,7 @@ def count_and_size(cost: Cost) -> str:
 
 
 def changes(cost: Cost, usual: Cost) -> list[str]:
-    """Each kind of collective that a step makes more or less of."""
+    """Names each kind of collective whose number or size differs between `cost` and `usual`."""
 
     def shown(of: Cost, kind: str) -> tuple[str, str]:
         count, size = of.collectives.get(kind, (0.0, 0.0))
@@ -242,7 +250,7 @@ def main() -> None:
             for variant in order(stage):
                 results.append((variant, run(variant, Path(name))))
                 print(stage, variant.setting or "default", variant.value, results[-1][1], flush=True)
-            lines += ["", f"### {stage.capitalize()}", "", *table(results)]
+            lines += ["", f"### {stage.capitalize()}", "", table(results)]
     minutes = (time.monotonic() - begun) / 60
     about = [
         f"Two processes, each one row a step; a Qwen2 with {LAYERS} layers of hidden size {HIDDEN} (61 M random",

@@ -19,8 +19,9 @@ from typing import Any
 import jinja2
 
 from data.errors import UserError
+from eval.reference import PUBLISHED, PUBLISHED_ANSWERS
 from eval.reporting.charts import Chart, to_csv, to_svg
-from eval.reporting.conclusions import NOT_MEASURED, PUBLISHED, PUBLISHED_ANSWERS, conclusions, sentences
+from eval.reporting.conclusions import NOT_MEASURED, conclusions, sentences
 from eval.reporting.page import ROWS, Block, Page, comparison_page, run_page, state
 from eval.reporting.run_files import read_object, reading
 from eval.reporting.run_summary import Run, read_run

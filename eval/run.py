@@ -1,6 +1,7 @@
 """Before and after: `python -m eval.run --run runs/…` judges the base and the fine-tuned model.
 
-Prints the reference's table with ours in it; writes eval.json and answers.jsonl into the run folder.
+This command prints the reference's table with our columns in it. It writes eval.json and answers.jsonl into the run
+folder and draws the run's report.html again.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from data.rows import Problems, Row, read_rows
 from eval.answers.generate import PeakMemory, generate, load_model, load_tokenizer, timed
 from eval.answers.vllm_backend import ask_vllm, check_vllm
 from eval.check import Verdict, check_answer, number_asked
-from eval.reporting.conclusions import PUBLISHED_ANSWERS
+from eval.reference import PUBLISHED_ANSWERS
 from loop.guard.process import RunError, end_process, exit_codes
 from loop.model.build import build_tokenizer, check_model
 from loop.recipe import ROOT, find_model, find_path, parse_recipe
@@ -258,6 +259,25 @@ def _not_a_question(row: Row) -> str | None:
     return None
 
 
+def write_results(run_dir: Path, scores: dict[str, Score], lines: Sequence[str]) -> None:
+    """Writes the evaluation into the run folder and draws the run's report, which shows the evaluation.
+
+    `lines` are the lines of answers.jsonl.
+    """
+    (run_dir / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_json(run_dir / "eval.json", {label: asdict(score) for label, score in scores.items()})
+    print(f"\nevery answer: {run_dir / 'answers.jsonl'}\nrun folder: {run_dir}")
+    try:
+        # The import stands here because the workers import this file too: matplotlib would add to their peak memory.
+        from eval.report import write_run_report
+
+        write_run_report([run_dir], run_dir)
+    except Exception as error:  # the evaluation is written; a missing drawing does not make it fail
+        print(f"warning: no report: {error}", flush=True)
+    else:
+        print(f"report: {run_dir / 'report.html'}")
+
+
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
@@ -283,9 +303,7 @@ def main(argv: Sequence[str]) -> None:
         if score.verified:
             print(f"{label}: {score.different} of {score.verified} answers differ from those asked for one at a time")
     if args.run:
-        (args.run / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
-        write_json(args.run / "eval.json", {label: asdict(score) for label, score in scores.items()})
-        print(f"\nevery answer: {args.run / 'answers.jsonl'}\nrun folder: {args.run}")
+        write_results(args.run, scores, lines)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,5 @@
-"""docs/: each command that checks a promise writes its own section there, and leaves the others alone."""
+"""The commands of tests/ that check a promise write their sections of docs/guarantees.md with `write_section`."""
 
-import re
-import time
-from importlib.metadata import version
+from benchmarks.docs_section import write_section
 
-import torch
-
-from eval.peak import machine
-from tests.distributed.launching import ROOT
-
-
-def write_section(title: str, command: str, text: str, page_name: str = "guarantees.md") -> None:
-    """Replaces the section `title` of a page of docs/ by `text`, and says date, machine and versions with it."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate", "peft"))
-    if torch.cuda.is_available():
-        device = f"{torch.cuda.get_device_name()}, NCCL"
-    else:
-        host = machine()
-        device = f"{host['cores']} cores of {host['cpu']}, gloo"
-    said = f"Written by `{command}` on {time.strftime('%Y-%m-%d')}, {device}; {versions}."
-    section = f"## {title}\n\n{said}\n\n{text.strip()}\n"
-    file = ROOT / "docs" / page_name
-    page = file.read_text(encoding="utf-8")
-    old = re.search(rf"^## {re.escape(title)}$.*?(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
-    if old is None:
-        page = f"{page.rstrip()}\n\n{section}"
-    else:
-        page = f"{page[: old.start()]}{section}\n{page[old.end() :]}".rstrip() + "\n"
-    file.write_text(page, encoding="utf-8")
-    print(f"{file}: {title}")
+__all__ = ["write_section"]

@@ -1,5 +1,6 @@
-"""What eval.run asks, and what it refuses."""
+"""What eval.run asks, what it refuses, and what it leaves in the run folder."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from data.errors import UserError
-from eval.run import parse, questions
+from eval.run import Score, parse, questions, write_results
 from loop.recipe import ROOT, parse_recipe, recipe_as_dict
+from tests.sample_runs import usage, write_evaluation, write_run
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
@@ -59,3 +61,33 @@ def test_an_adapter_that_is_not_this_models(damage: str, run: Path) -> None:
     damages(run)
     with pytest.raises(UserError, match=said):
         questions(parse(["--run", str(run)]))
+
+
+SCORE = Score(0.725, 1.0, seconds=2.0, tokens_per_second=50.0, peak_load_bytes=10**8, peak_inference_bytes=None)
+
+
+def test_the_report_shows_the_new_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run folder holds an earlier evaluation with the accuracy 0.975."""
+    folder = tmp_path / "run"
+    write_run(folder, usage())
+    write_evaluation(folder)
+    line = {"model": "tuned", "instruction": "8=", "answer": "4 + 5", "right": False, "reason": "4 + 5 = 9, not 8"}
+    write_results(folder, {"tuned": SCORE}, [json.dumps(line) + "\n"])
+    assert json.loads((folder / "eval.json").read_text())["tuned"]["accuracy"] == 0.725
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "0.725" in page
+    assert "0.975" not in page
+    assert "4 + 5 = 9, not 8" in page
+    assert capsys.readouterr().out.endswith(f"report: {folder / 'report.html'}\n")
+
+
+def test_a_report_that_cannot_be_drawn_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    write_run(folder, usage())
+    (folder / "metrics.jsonl").write_text("damaged\n")
+    write_results(folder, {"tuned": SCORE}, [])
+    assert (folder / "eval.json").exists()
+    said = capsys.readouterr().out
+    assert said.count("warning: no report: ") == 1
+    assert "metrics.jsonl: is damaged" in said
+    assert "report.html" not in said

@@ -4,19 +4,8 @@ from typing import Any
 
 import pytest
 
-from eval.reporting.conclusions import (
-    CLAIMS,
-    PUBLISHED,
-    STAGE0,
-    STAGE1,
-    STAGE2,
-    STAGE3,
-    Claim,
-    Quantity,
-    conclusions,
-    judge,
-    sentences,
-)
+from eval.reference import PUBLISHED, STAGE0, STAGE1, STAGE2, STAGE3
+from eval.reporting.conclusions import CLAIMS, Claim, Quantity, conclusions, judge, sentences
 from eval.reporting.run_summary import Run
 from tests.sample_runs import run
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.docs_section import markdown_table
 from benchmarks.turns import spread, take_turns
 
 CONTENDER = """
@@ -61,3 +62,7 @@ def test_one_that_does_not_start_is_named() -> None:
 def test_spread() -> None:
     assert spread([3.0, 1.0, 2.5]) == "2.5 (1 to 3)"
     assert spread([6710.0, 998.0, 12345.6]) == "6,710 (998 to 12,346)"
+
+
+def test_markdown_table() -> None:
+    assert markdown_table(["", "a"], [["x", "1"], ["y", ""]]) == "| | a |\n|---|---|\n| x | 1 |\n| y | |"

@@ -1,4 +1,4 @@
-"""What benchmarks/zero_settings.py makes of the account of a run."""
+"""Tests what benchmarks/zero_settings.py works out from the usage.json of a run."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from benchmarks.zero_settings import STAGES, Cost, Variant, changes, cost, order
 
 
 def usage(**collectives: tuple[int, int]) -> dict[str, Any]:
-    """Of two steps, with these in the forward pass and one all_reduce of 8 bytes in the update."""
+    """Makes the usage.json of two steps: `collectives` in forward and backward, one all_reduce an update."""
     sent = {kind: {"count": count, "bytes": size} for kind, (count, size) in collectives.items()}
     phases = {
         "load": {"peak_bytes": 999, "collectives": {"broadcast": {"count": 7, "bytes": 7}}},
@@ -48,6 +48,6 @@ def test_what_lies_within_the_defaults_runs_is_nothing() -> None:
     runs = [(Variant("stage 2"), Cost(seconds, peak, same)) for seconds, peak in ((1.0, 10**8), (1.2, 11 * 10**7))]
     runs += [(Variant("stage 2", "quiet"), Cost(1.1, 105 * 10**6, same))]
     runs += [(Variant("stage 2", "loud"), Cost(2.2, 15 * 10**7, {"all_reduce": (2, 8)}))]
-    quiet, loud = table(runs)[-2:]
+    quiet, loud = table(runs).splitlines()[-2:]
     assert quiet.endswith("| nothing |")
     assert loud.endswith("| all_reduce 1 → 2, 0.0 → 0.0 MB; time × 2.00; memory +45 MB |")

@@ -4,37 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from eval.reference import STAGE0, STAGE1, STAGE2, STAGE3
 from eval.reporting.run_summary import BUSY, Run
 
 NOT_MEASURED = "not measured here"
 CONFIRMED, CONTRADICTED, NOT_TESTABLE = "confirmed", "contradicted", "not testable on this machine"
 ENOUGH_STEPS = 8  # steady ones, below which their spread is not known
 SAME = 0.02  # what single measurements vary by, as a share of them
-STAGES = ("reference-stage0", "reference-stage1", "reference-stage2_offload", "reference-stage3_offload")
-STAGE0, STAGE1, STAGE2, STAGE3 = STAGES
-
-
-@dataclass(frozen=True)
-class Published:
-    wall_seconds: float
-    cpu_percent: float  # mean, of the machine
-    process_mb: tuple[int, int]  # as quoted
-
-
-# Of Qwen2.5-14B-Instruct on two 32 GB GPUs. Its MB stand beside ours, which are 10^6 bytes, but can only be of 2^20:
-# 14.77e9 weights in bf16 are 28,171 of those.
-PUBLISHED = {
-    STAGE0: Published(114.0, 7.6, (2431, 28623)),
-    STAGE1: Published(112.0, 8.5, (2421, 27810)),
-    STAGE2: Published(114.0, 9.0, (2679, 25693)),
-    STAGE3: Published(720.0, 11.5, (27213, 49028)),
-}
-PUBLISHED_ANSWERS = {
-    "base": {"accuracy": 0.0, "seconds": 19.67, "tokens_per_second": 20.3, "peak_load_bytes": 28_317.6e6,
-             "peak_inference_bytes": 24.6e6},
-    "tuned": {"accuracy": 1.0, "seconds": 29.60, "tokens_per_second": 12.1, "peak_load_bytes": 28_448.9e6,
-              "peak_inference_bytes": 24.2e6},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from eval.reference import PUBLISHED, PUBLISHED_ANSWERS, STAGE1, STAGES
 from eval.reporting.charts import Chart, loss_charts, metric_chart, phase_chart, sample_chart
-from eval.reporting.conclusions import (
-    NOT_MEASURED,
-    PUBLISHED,
-    PUBLISHED_ANSWERS,
-    RULES,
-    STAGE1,
-    STAGES,
-    conclusions,
-    sentences,
-)
+from eval.reporting.conclusions import NOT_MEASURED, RULES, conclusions, sentences
 from eval.reporting.run_summary import Run, sample_figures
 
 ABSENT = "–"  # there is no such thing, so nothing was to be measured
