@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,8 +19,9 @@ from pathlib import Path
 from data.errors import UserError
 from loop.saving.checkpoint import list_checkpoints, load_checkpoint
 from tests.distributed.kill_worker import PHASES
-from tests.distributed.launching import CONFIGS, DEBUG, ROOT, children, clean_environment, last_step, launcher_command
+from tests.distributed.launching import CONFIGS, DEBUG, ROOT, children, last_step, launcher_command
 from tests.guarantees import write_section
+from tests.warm import Started, clean_environment, popen
 
 STAGES = ("zero3", "zero0", "zero2_offload")
 SAVE_EVERY = 2
@@ -41,16 +41,16 @@ class Figures:
     torn_checkpoints: int = 0  # visible under their name and not whole
 
 
-def start(stage: str, folder: Path, kill: str | None, log: Path) -> subprocess.Popen[bytes]:
+def start(stage: str, folder: Path, kill: str | None, log: Path) -> Started:
     script = ROOT / "tests" / "distributed" / "kill_worker.py"
     command = [*launcher_command(CONFIGS / f"{stage}.yaml"), str(script), *RUN]
     command += ["--run_dir", str(folder), "--resume", "auto"]
     env = clean_environment() | ({"KILL": kill} if kill else {})
-    with log.open("wb") as out:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+    log.unlink(missing_ok=True)
+    return popen(command, ROOT, env, log)
 
 
-def kill_at_random(process: subprocess.Popen[bytes], folder: Path, whom: str, chance: random.Random) -> bool:
+def kill_at_random(process: Started, folder: Path, whom: str, chance: random.Random) -> bool:
     """Waits for the loop to begin and a random while longer; False if the run was faster."""
     before = last_step(folder)
     while process.poll() is None and last_step(folder) <= before:

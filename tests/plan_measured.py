@@ -119,7 +119,10 @@ def plan(model: Path, rows: Path, cell: Cell, configs: Path = CONFIGS) -> Estima
     return estimate(planned, launched, Hardware())
 
 
-def measure(model: Path, rows: Path, cell: Cell, folder: Path, precision: str | None = None) -> Run:
+def measure(
+    model: Path, rows: Path, cell: Cell, folder: Path, precision: str | None = None, env: dict[str, str] | None = None
+) -> Run:
+    """Trains a cell. Peaks of resident memory need env=MALLOC; what a rank holds is the same without."""
     run = launch(
         CONFIGS / f"{cell.config}.yaml",
         *arguments(model, rows, cell),
@@ -127,7 +130,7 @@ def measure(model: Path, rows: Path, cell: Cell, folder: Path, precision: str | 
         processes=cell.processes,
         precision=precision,
         script=WORKER,
-        env=MALLOC,
+        env=env,
     )
     assert run.code == 0, run.output
     return run
@@ -159,7 +162,7 @@ def process_overhead(rows: Path, cell: Cell, folder: Path) -> int:
     """Resident bytes of Python, its libraries and their caches: what a model of 2 MB leaves of a process's peak."""
     if torch.cuda.is_available():
         return 0  # CUDA's allocator counts tensors only
-    return measured_peak(measure(TINY, rows, cell, folder)) - predicted_peak(plan(TINY, rows, cell))
+    return measured_peak(measure(TINY, rows, cell, folder, env=MALLOC)) - predicted_peak(plan(TINY, rows, cell))
 
 
 def cells() -> list[Cell]:
@@ -211,7 +214,7 @@ def main() -> None:
         for cell in chosen:
             name = f"{cell.config}-{cell.processes}-{cell.checkpointing}"
             overhead = process_overhead(rows, cell, folder / f"{name}-tiny")
-            run = measure(model, rows, cell, folder / name)
+            run = measure(model, rows, cell, folder / name, env=MALLOC)
             results.append(compare(plan(model, rows, cell), run, cell, overhead))
             print(results[-1], f"{results[-1].error:+.1%}", flush=True)
     what = "Qwen2.5-14B's shape" if on_gpu else "A Qwen2 of 315 M parameters"

@@ -77,7 +77,7 @@ parameter.grad = torch.tensor([3.0, 4.0], device=device).half() * 1024
 optimizer.step()
 print("norm", float(optimizer._global_grad_norm))
 """
-    run = start([sys.executable, "-c", script], ROOT)
+    run = start([sys.executable, "-c", script], ROOT, cold=True)
     assert run.output.splitlines()[-1] == "norm 5.0", run.output
 
 
@@ -105,5 +105,5 @@ def fit(*_):
 loop.train.fit = fit
 loop.train.main(["--config", "loop/recipes/debug.yaml", "--run_dir", {str(tmp_path / "run")!r}])
 """
-    run = start([sys.executable, "-c", script], ROOT)
+    run = start([sys.executable, "-c", script], ROOT, cold=True)
     assert "loaded: ['deepspeed']" in run.output, run.output

@@ -16,14 +16,13 @@ from unittest.mock import patch
 import pytest
 import yaml
 from accelerate import Accelerator
-from torch.utils.cpp_extension import get_default_build_root
 
 from loop.recipe import parse_recipe
 from loop.telling.tracking import TrackerThread, Tracking, tracker_config
-from tests.distributed.launching import DEBUG, ROOT, clean_environment, start
+from tests.distributed.launching import DEBUG, EXTENSIONS, ROOT, start
 from tests.tracker_faults import FAULTS, run_with, what_is_wrong
+from tests.warm import clean_environment
 
-EXTENSIONS = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
 
 
 def track(tmp_path: Path, tracker: str) -> Tracking:

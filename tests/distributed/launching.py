@@ -1,13 +1,17 @@
 """Starts trainings the way a user does, in real processes, and reads what they leave behind."""
 
 import json
-import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch.utils.cpp_extension import _get_build_directory
+
+from tests.warm import clean_environment, cold_popen, popen
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "accel_configs"
@@ -15,6 +19,8 @@ TRAIN = ROOT / "loop" / "train.py"
 WORKER = ROOT / "tests" / "distributed" / "worker.py"
 DEBUG = ("--config", str(ROOT / "loop" / "recipes" / "debug.yaml"))
 ENDLESS = ("--epochs", "10000", "--save_every", "1000", "--rank_timeout", "5")
+# Where DeepSpeed's extensions are built, for runs whose HOME is another one; without it they would be built anew.
+EXTENSIONS = str(Path(_get_build_directory("cpu_adam", verbose=False)).parent)
 BOUND = 25  # seconds from a signal to the end of all processes
 TIMEOUT = 600  # seconds; only so that a hang fails
 
@@ -33,13 +39,6 @@ class Run:
         return [line[key] for line in self.metrics if key in line]
 
 
-def clean_environment() -> dict[str, str]:
-    """Ours, without what a launcher would have set."""
-    launchers = ("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "SWANLAB_")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-
-
 def launch(
     config: Path,
     *arguments: str,
@@ -49,12 +48,13 @@ def launch(
     script: Path = TRAIN,
     env: dict[str, str] | None = None,
     options: Sequence[str] = (),
+    cold: bool = False,
 ) -> Run:
     """`accelerate launch --config_file CONFIG script arguments --run_dir folder`, and its outcome."""
     command = [*launcher_command(config), *options]
     command += ["--num_processes", str(processes)] if processes else []
     command += ["--mixed_precision", precision] if precision else []
-    return start([*command, str(script), *arguments, "--run_dir", str(folder)], folder, env)
+    return start([*command, str(script), *arguments, "--run_dir", str(folder)], folder, env, cold)
 
 
 def launcher_command(config: Path) -> list[str]:
@@ -63,19 +63,17 @@ def launcher_command(config: Path) -> list[str]:
     return [*command, "--config_file", str(config), "--main_process_port", "0"]
 
 
-def start(command: list[str], folder: Path, env: dict[str, str] | None = None) -> Run:
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=clean_environment() | (env or {}),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    return Run(folder, done.returncode, done.stdout)
+def start(command: list[str], folder: Path, env: dict[str, str] | None = None, cold: bool = False) -> Run:
+    """Runs `command` to its end; a Python command in a warm process (tests/warm.py), unless it has to be `cold`."""
+    environment = clean_environment() | (env or {})
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(temporary) / "output.txt"
+        process = (cold_popen if cold else popen)(command, ROOT, environment, output)
+        try:
+            code = process.wait(timeout=TIMEOUT)
+        finally:
+            process.kill()
+        return Run(folder, code, output.read_text(encoding="utf-8", errors="replace"))
 
 
 def children(pid: int) -> list[int]:
@@ -100,12 +98,12 @@ class Running:
         *arguments: str,
         script: Path = TRAIN,
         until: Callable[[], bool] | None = None,
+        cold: bool = False,
     ) -> None:
         self.folder, self.log = folder, folder.with_suffix(".txt")
         command = launcher_command(CONFIGS / "zero3.yaml") if launcher else [sys.executable]
         command += [str(script), *DEBUG, *ENDLESS, *arguments, "--run_dir", str(folder)]
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=out, stderr=out)
+        self.process = (cold_popen if cold else popen)(command, ROOT, clean_environment(), self.log)
         self.wait_until(until or (lambda: last_step(folder) >= 5))
         self.ranks = children(self.process.pid) if launcher else [self.process.pid]
 

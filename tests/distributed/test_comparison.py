@@ -15,8 +15,9 @@ import pytest
 from safetensors.torch import load_file
 
 from eval.comparing.launch import MARK
-from tests.distributed.launching import CONFIGS, DEBUG, ROOT, Run, clean_environment, last_step, start
+from tests.distributed.launching import CONFIGS, DEBUG, ROOT, Run, last_step, start
 from tests.distributed.test_disk import IN_NAMESPACE, needs_mount
+from tests.warm import clean_environment
 
 STAGES = [sys.executable, "-m", "eval.stages", *DEBUG]
 Killed = tuple[Path, dict[str, dict[str, bytes]], Run]

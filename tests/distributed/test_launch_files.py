@@ -55,5 +55,4 @@ def test_launches(config: Path, tmp_path: Path) -> None:
         "recipe.yaml",
         "usage.json",
         "versions.json",
-        *("charts", "report.html", "report.md", "summary.json"),
     }

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from torch.utils.cpp_extension import get_default_build_root
 
-from tests.distributed.launching import CONFIGS, DEBUG, ROOT, Run, Running, launch, start
+from tests.distributed.launching import CONFIGS, DEBUG, EXTENSIONS, ROOT, Run, Running, launch, start
 from tests.hostile import EVIL
 
 SECRETS = {
@@ -42,7 +41,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
         "GIT_CONFIG_KEY_0": "remote.origin.url",
         "GIT_CONFIG_VALUE_0": f"https://oauth2:{PASSWORD}@example.org/o/r.git",
         "HOME": str(folder / "home"),
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()),
+        "TORCH_EXTENSIONS_DIR": EXTENSIONS,
         "PYTHONPATH": str(folder / "site"),
         "AUDIT_FILE": str(folder / "audit.jsonl"),
     }

@@ -9,7 +9,9 @@ import pytest
 from tests.distributed.launching import CONFIGS, launch, start
 
 
-@pytest.mark.parametrize("config", ["zero3", "zero0", "zero3_offload"])
+@pytest.mark.parametrize(
+    "config", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero0", "zero3_offload"))]
+)
 def test_learns_the_task(config: str, tmp_path: Path) -> None:
     run = launch(CONFIGS / f"{config}.yaml", folder=tmp_path / "run")
     assert run.code == 0, run.output
