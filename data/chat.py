@@ -1,4 +1,4 @@
-"""Rows -> token ids and labels, through the tokenizer's own chat template."""
+"""Turns rows into token ids with the tokenizer's own chat template, which writes the prompt around the user's text."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,15 +12,16 @@ from data.examples import Example, Examples
 from data.rows import Problems, Row
 
 BATCH = 1000  # rows tokenized at once
-PLACE = "\ue000"  # a character for private use: stands where the user's text goes
+PLACE = "\ue000"  # a character for private use; it stands for the user's text in a template
 
 
 def user_text(row: Row) -> str:
+    """Returns what the user says: the row's instruction and, if it has one, its input on the next line."""
     return f"{row.instruction}\n{row.input}" if row.input else row.instruction
 
 
 def render_prompt(user: str, system_prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat turns as text, up to where the assistant begins to answer what `user` says.
+    """Returns the chat turns as text, up to where the assistant begins to answer what `user` says.
 
     Raises UserError when the tokenizer's chat template does not work.
     """
@@ -28,7 +29,7 @@ def render_prompt(user: str, system_prompt: str, tokenizer: PreTrainedTokenizerB
     messages.append({"role": "user", "content": user})
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # the template is a program that came with the model: anything may be raised in it
+    except Exception as error:  # the template is a program that comes with the model, and may raise anything
         raise UserError(
             f"{tokenizer.name_or_path}: its chat template fails: {error}. Correct it; if it wants no system turn, "
             "leave data.system_prompt empty."
@@ -36,7 +37,11 @@ def render_prompt(user: str, system_prompt: str, tokenizer: PreTrainedTokenizerB
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What makes turns: all special tokens, and other added ones (but white space) that the chat template writes."""
+    """Returns the tokens that can begin or end a turn.
+
+    They are all special tokens, and those of the other added tokens that the chat template writes and that are more
+    than white space.
+    """
     template = str(tokenizer.chat_template)
     added = [token for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
     return [token.content for token in added if token.special or token.content in template]
@@ -45,9 +50,9 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def encode_row(
     row: Row, system_prompt: str, tokenizer: PreTrainedTokenizerBase, control: Sequence[str] | None = None
 ) -> Example:
-    """Control tokens within the row's texts, such as <|im_end|>, are plain text: a row cannot forge a turn.
+    """Tokenizes one row. A control token in the row's text, such as <|im_end|>, becomes plain text: it makes no turn.
 
-    `control` is what `control_tokens` says of `tokenizer`.
+    `control` is what `control_tokens` returns for `tokenizer`; without it this function calls `control_tokens` itself.
     """
     forged = control_tokens(tokenizer) if control is None else control
 
@@ -56,7 +61,10 @@ def encode_row(
         return encoded
 
     def plain_ids(text: str) -> list[int]:
-        """Cut after the first character of each control token, so that the tokenizer never sees one."""
+        """Cuts `text` after the first character of each control token, and tokenizes the parts.
+
+        So the tokenizer never sees a control token.
+        """
         cuts = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in forged)
         return [token_id for part in re.split(cuts, text) for token_id in ids(part)] if cuts else ids(text)
 
@@ -70,6 +78,7 @@ def encode_row(
 
 
 def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Yields `rows` in lists of `size`; the last list may be shorter."""
     rest = iter(rows)
     while batch := list(islice(rest, size)):
         yield batch
@@ -78,10 +87,11 @@ def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 def encode_rows(
     rows: Iterable[Row], path: Path, system_prompt: str, max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> Examples:
-    """Every row as an Example of at most `max_length` tokens, prompt, answer and end token together.
+    """Tokenizes every row; prompt, answer and end token together have at most `max_length` tokens.
 
-    Raises UserError, naming the rows of the file `path`, when a row is longer (nothing is cut off), and
-    when the tokenizer has no chat template, one that fails or leaves the user out, or no end token.
+    Raises UserError, naming the rows of the file `path`, when a row is longer: no row is cut off. It also raises
+    UserError when the tokenizer has no end token or no chat template, and when the chat template fails or does not
+    show what the user says.
     """
     if tokenizer.chat_template is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template. Use an Instruct model.")
@@ -100,12 +110,12 @@ def encode_rows(
 def _encoded(
     rows: Iterable[Row], system_prompt: str, max_length: int, tokenizer: PreTrainedTokenizerBase, problems: Problems
 ) -> Iterator[Example]:
-    """Those that are not too long; the others go into `problems`."""
+    """Yields the rows that are not too long, and adds to `problems` what is wrong with the others."""
     control = control_tokens(tokenizer)
-    most = max_length * max(len(token) for token in tokenizer.get_vocab())  # characters in max_length tokens
+    most = max_length * max(len(token) for token in tokenizer.get_vocab())  # characters that max_length tokens can have
     for batch in batched(rows, BATCH):
         lengths = [len(user_text(row)) + len(row.output) for row in batch]
-        # one of more characters is sure to be too long, and maybe too much for the tokenizer
+        # A row with more characters is surely too long, and may be too much for the tokenizer.
         fitting = [row for row, characters in zip(batch, lengths, strict=True) if characters <= most]
         found = {example.row: example for example in encode_batch(fitting, system_prompt, tokenizer, control)}
         for row, characters in zip(batch, lengths, strict=True):
@@ -123,7 +133,10 @@ def _encoded(
 def encode_batch(
     rows: Sequence[Row], system_prompt: str, tokenizer: PreTrainedTokenizerBase, control: Sequence[str]
 ) -> list[Example]:
-    """As encode_row, in two calls of the tokenizer for all rows in which nothing looks like a control token."""
+    """Tokenizes `rows` to the same examples as `encode_row` does, but faster.
+
+    It calls the tokenizer only twice for all the rows whose text contains no control token.
+    """
     forged = [any(token in user_text(row) or token in row.output for token in control) for row in rows]
     plain = [row for row, is_forged in zip(rows, forged, strict=True) if not is_forged]
     prompts = [render_prompt(user_text(row), system_prompt, tokenizer) for row in plain]

@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Something a user got wrong. The text says what is wrong, where, and how to mend it. Exit code 2."""
+    """A user's mistake: its text says what is wrong, where, and how to correct it. The exit code is 2."""

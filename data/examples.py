@@ -1,4 +1,4 @@
-"""Tokenized rows that stay on disk: however many there are, memory holds a few numbers of each."""
+"""Keeps tokenized rows on disk: memory holds only a few numbers for each row, however many rows there are."""
 
 import os
 import tempfile
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from data.errors import UserError
 
-TOKEN = "I"  # 4 bytes: vocabularies have more than 65,536 tokens
-NUMBERS = "q"  # 8 bytes
+TOKEN = "I"  # the type code of 4 bytes, because vocabularies have more than 65,536 tokens
+NUMBERS = "q"  # the type code of 8 bytes
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and answer together."""
+        """The number of tokens in the prompt and the answer together."""
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
 class Examples(Sequence[Example]):
-    """A sequence of them, written to a temporary file that is gone with the process, and read one at a time.
+    """A sequence of examples in a temporary file, which disappears with the process; each access reads one example.
 
-    It is read by position and not mapped, so that what was read once does not count as this process's memory.
-    Raises UserError where the file cannot be written.
+    The file is read by position and not mapped into memory, so that an example that was read does not stay in this
+    process's memory. The constructor raises UserError when the file cannot be written.
     """
 
     def __init__(self, examples: Iterable[Example]) -> None:
@@ -55,15 +55,16 @@ class Examples(Sequence[Example]):
                 "TMPDIR to a folder on a disk that has some."
             ) from error
         self._rows, self._ends = np.array(rows, np.int64), np.array(ends, np.int64)
-        self.prompt_lengths: NDArray[np.int64] = np.array(prompts, np.int64)  # tokens, of each
+        self.prompt_lengths: NDArray[np.int64] = np.array(prompts, np.int64)  # tokens in each prompt
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each, prompt and answer together."""
+        """The number of tokens in each example, prompt and answer together."""
         return np.diff(self._ends)
 
     @property
     def answer_lengths(self) -> NDArray[np.int64]:
+        """The number of tokens in each answer."""
         return self.lengths - self.prompt_lengths
 
     def __len__(self) -> int:
@@ -87,14 +88,14 @@ class Examples(Sequence[Example]):
 
 
 def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
-    """Tokens of each, prompt and answer together."""
+    """Returns the number of tokens in each example, prompt and answer together."""
     if isinstance(examples, Examples):
         return examples.lengths
     return np.array([example.length for example in examples], np.int64)
 
 
 def answer_lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
-    """Tokens of each answer."""
+    """Returns the number of tokens in each answer."""
     if isinstance(examples, Examples):
         return examples.answer_lengths
     return np.array([len(example.answer_ids) for example in examples], np.int64)

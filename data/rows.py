@@ -9,14 +9,14 @@ from typing import IO, Any
 
 from data.errors import UserError
 
-SHOWN = 10  # bad rows shown in an error
-BEHIND = tuple(" \t\r\n,]")  # a value in an array
-CHUNK = 2**20  # characters of a JSON array read at once, at least
+SHOWN = 10  # an error shows this many bad rows
+BEHIND = tuple(" \t\r\n,]")  # one of these characters follows a value in an array
+CHUNK = 2**20  # at least this many characters of a JSON array are read at once
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example. `number` counts from 1: the element of a JSON array, the line of a JSONL file."""
+    """One row of a file. `number` counts from 1 the elements of a JSON array or the lines of a JSONL file."""
 
     number: int
     instruction: str
@@ -25,14 +25,14 @@ class Row:
 
 
 class Problems:
-    """What is wrong with the rows of a file: the first few, and how many there are."""
+    """Collects what is wrong with the rows of a file: it keeps the first few problems and counts all of them."""
 
     def __init__(self) -> None:
         self.first: list[str] = []
         self.count = self.total = 0
 
     def add(self, problem: str | None) -> None:
-        """Of one row; None where nothing is wrong with it."""
+        """Counts one more row, with its problem; None says that nothing is wrong with the row."""
         self.total += 1
         if problem:
             self.count += 1
@@ -40,7 +40,7 @@ class Problems:
                 self.first.append(problem)
 
     def fail(self, path: Path) -> None:
-        """Raises UserError if there are any."""
+        """Raises UserError if there is any problem."""
         if self.count:
             shown = "\n".join(f"  {problem}" for problem in self.first)
             more = f"\n  … and {self.count - SHOWN} more" if self.count > SHOWN else ""
@@ -50,20 +50,21 @@ class Problems:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of the file at `path`, in file order; UserError as from `iter_rows`."""
+    """Returns all rows of the file at `path`, in file order. Raises UserError as `iter_rows` does."""
     return list(iter_rows(path))
 
 
 def count_rows(path: Path) -> int:
-    """UserError as from `iter_rows`."""
+    """Counts the rows of the file at `path`. Raises UserError as `iter_rows` does."""
     return sum(1 for _ in iter_rows(path))
 
 
 def iter_rows(path: Path) -> Iterator[Row]:
-    """The good rows of the file at `path`, in file order, read as they are asked for.
+    """Yields the good rows of the file at `path`, in file order, and reads the file on as the caller asks for rows.
 
-    Raises UserError naming file, row and fix: at once when the file cannot be read; after the last row when there is
-    none, or one that is malformed, misses a field, or has one that is empty or no text.
+    Raises UserError, which names the file, the row and the fix. It does so at once when the file cannot be read, and
+    after the last row when there are no rows or bad ones: a bad row is malformed, lacks a field, or has a field that
+    is empty or no text.
     """
     problems = Problems()
     for number, value, problem in _values(path):
@@ -77,8 +78,8 @@ def iter_rows(path: Path) -> Iterator[Row]:
 
 
 def _values(path: Path) -> Iterator[tuple[int, Any, str | None]]:
-    """(row number, decoded value, None) of each row; (row number, None, what is wrong) where it is no JSON."""
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe may block for ever, and is read only once
+    """Yields (row number, decoded value, None) for a row, or (row number, None, problem) for a line that is no JSON."""
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe may block for ever, and works only once
         raise UserError(f"{path}: is not a file. Give the path of a .json or .jsonl file.")
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -96,7 +97,7 @@ def _values(path: Path) -> Iterator[tuple[int, Any, str | None]]:
                     yield number, value, f"{problem}; give one object a line" if problem else None
     except UnicodeDecodeError:
         raise UserError(f"{path}: byte {_first_bad_byte(path)} is not UTF-8. Save the file as UTF-8.") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+    except (OSError, ValueError) as error:  # ValueError says that the path has a zero byte
         if isinstance(error, UserError):
             raise
         said = getattr(error, "strerror", None) or error
@@ -106,7 +107,7 @@ def _values(path: Path) -> Iterator[tuple[int, Any, str | None]]:
 
 
 def _first_bad_byte(path: Path) -> int:
-    """Its place in the file, which a stream does not know."""
+    """Returns the place of the first byte that is not UTF-8. Decoding a stream does not tell it."""
     try:
         path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -115,10 +116,13 @@ def _first_bad_byte(path: Path) -> int:
 
 
 def array_elements(file: IO[str], path: Path) -> Iterator[Any]:
-    """Of the JSON array in `file`, one at a time. Raises UserError, with line and column, where it is none."""
+    """Yields the elements of the JSON array in `file`, one at a time.
+
+    Raises UserError, with line and column, when `file` has no JSON array.
+    """
     text = _Text(file)
     text.skip()
-    text.at += 1  # the bracket
+    text.at += 1  # skip the bracket that opens the array
     if text.skip() == "]":
         text.at += 1
     else:
@@ -129,7 +133,7 @@ def array_elements(file: IO[str], path: Path) -> Iterator[Any]:
                 raise _no_array(path, error.msg, *text.place(error.pos)) from error
             except RecursionError:
                 raise _no_array(path, "nested too deeply") from None
-            except ValueError as error:  # a number of thousands of digits
+            except ValueError as error:  # Python refuses a number of thousands of digits
                 raise _no_array(path, str(error)) from error
             mark = text.skip()
             if mark not in (",", "]"):
@@ -143,6 +147,7 @@ def array_elements(file: IO[str], path: Path) -> Iterator[Any]:
 
 
 def _no_array(path: Path, said: str, line: int = 0, column: int = 0) -> UserError:
+    """Makes the error for a file that begins like a JSON array and is none; a `line` of 0 means that it is unknown."""
     where = f", line {line} column {column}" if line else ""
     known = said == "nested too deeply"
     problem = said if known else f"not JSON ({said}{where})" if line else f"not JSON that can be read ({said})"
@@ -150,34 +155,35 @@ def _no_array(path: Path, said: str, line: int = 0, column: int = 0) -> UserErro
 
 
 class _Text:
-    """A file's text, of which only what is being decoded is in memory."""
+    """The text of a file; only the part that is being decoded is in memory."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file, self.text, self.at = file, "", 0
-        self.line, self.column = 1, 1  # where self.text begins
+        self.line, self.column = 1, 1  # the place in the file at which self.text begins
         self.decoder = json.JSONDecoder()
 
     def more(self) -> bool:
-        """Reads on, as much again as there is; False at the end of the file."""
+        """Reads at least as much text again as is in memory; returns False at the end of the file."""
         self._forget()
         read = self.file.read(max(CHUNK, len(self.text)))
         self.text += read
         return bool(read)
 
     def _forget(self) -> None:
+        """Drops the text that has been decoded."""
         gone = self.text[: self.at]
         self.line, self.column = self.place(self.at)
         self.text, self.at = self.text[len(gone) :], 0
 
     def place(self, at: int) -> tuple[int, int]:
-        """Line and column in the file, both from 1."""
+        """Returns line and column in the file, both counted from 1, for the index `at` of self.text."""
         newlines = self.text.count("\n", 0, at)
         if not newlines:
             return self.line, self.column + at
         return self.line + newlines, at - self.text.rfind("\n", 0, at)
 
     def skip(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """Moves on to the next character that is no white space and returns it; returns '' at the end of the file."""
         while True:
             while self.at < len(self.text):
                 if self.text[self.at] not in " \t\r\n":
@@ -187,15 +193,19 @@ class _Text:
                 return ""
 
     def value(self) -> Any:
-        """The next one. A number could go on behind what has been read, anything else could be cut off there."""
+        """Decodes the next value of the file.
+
+        A value can reach beyond the text that has been read. A number then looks complete and any other value looks
+        broken, so this method reads on before it trusts either.
+        """
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError:
                 if not self.more():
-                    return self.decoder.raw_decode(self.text, self.at)[0]  # raises, with the right place
+                    return self.decoder.raw_decode(self.text, self.at)[0]  # raises the error at its right place
                 continue
-            if self.text[end : end + 1] not in BEHIND:  # also at the end of what has been read
+            if self.text[end : end + 1] not in BEHIND:  # this is also true at the end of the text read so far
                 rest = len(self.text) - end
                 if self.more():
                     continue
@@ -205,19 +215,19 @@ class _Text:
 
 
 def _decode(text: str, first_line: int) -> tuple[Any, str | None]:
-    """(value, None), or (None, what is wrong with the JSON)."""
+    """Returns (value, None), or (None, problem) when `text` is no JSON."""
     try:
         return json.loads(text), None
     except json.JSONDecodeError as error:
         return None, f"not JSON ({error.msg}, line {first_line + error.lineno - 1} column {error.colno})"
     except RecursionError:
         return None, "nested too deeply"
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # Python refuses a number of thousands of digits
         return None, f"not JSON that can be read ({error})"
 
 
 def _problem(value: Any) -> str | None:
-    """What is wrong with a decoded row, or None."""
+    """Returns what is wrong with a decoded row, or None."""
     if not isinstance(value, dict):
         return f"is of type {type(value).__name__}; give an object with the fields instruction and output"
     for field in ("instruction", "output"):
@@ -236,6 +246,7 @@ def _problem(value: Any) -> str | None:
 
 
 def _is_text(value: str) -> bool:
+    """Says whether `value` can be encoded; half of a surrogate pair cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:

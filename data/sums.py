@@ -1,4 +1,4 @@
-"""The reference task: split an integer into two that sum to it, behind a fixed prefix.
+"""Makes the data of the reference task: an answer is a fixed prefix and two integers whose sum is the given integer.
 
 `python -m data.sums` writes data/math/math_train_1798.json and math_eval_200.json.
 """
@@ -10,32 +10,32 @@ from pathlib import Path
 
 SYSTEM_PROMPT = "你是一个有帮助的助手,帮我解决下面数学问题"
 ANSWER_PREFIX = "王大丫丫的回答是--->"
-TRAIN_NUMBERS = range(2, 1800)  # 1,798 integers, each once
-EVAL_NUMBERS = range(1800, 2000)  # 200 integers, none of them in training
+TRAIN_NUMBERS = range(2, 1800)  # 1,798 integers; each occurs once
+EVAL_NUMBERS = range(1800, 2000)  # 200 integers; the training has none of them
 SEED = 42
 FOLDER = Path(__file__).parent / "math"
 
 
 def sum_row(x: int, rng: random.Random) -> dict[str, str]:
-    """One alpaca row for the integer `x` >= 2: x = a + b with a, b >= 1, a uniform."""
+    """Makes one alpaca row for the integer `x` >= 2: x = a + b, where a is drawn uniformly and a, b >= 1."""
     a = rng.randint(1, x - 1)
     return {"instruction": f"{x}=", "input": "", "output": f"{ANSWER_PREFIX}{a} + {x - a}"}
 
 
 def make_rows(numbers: range, seed: int) -> list[dict[str, str]]:
-    """Rows for every integer of `numbers`, in shuffled order, the same for the same seed."""
+    """Makes a row for every integer of `numbers`, in shuffled order; the same seed makes the same rows."""
     rng = random.Random(seed)
     return [sum_row(x, rng) for x in rng.sample(numbers, len(numbers))]
 
 
 def to_json(rows: list[dict[str, str]]) -> str:
-    """The rows as a JSON array with one row a line, so that a diff shows rows."""
+    """Writes the rows as a JSON array with one row on each line, so that a diff shows rows."""
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     return f"[\n{lines}\n]\n"
 
 
 def files() -> dict[str, str]:
-    """File name -> content of both data sets."""
+    """Returns the content of both data sets by file name."""
     evaluation = sorted(make_rows(EVAL_NUMBERS, SEED + 1), key=lambda row: row["instruction"])
     return {
         "math_train_1798.json": to_json(make_rows(TRAIN_NUMBERS, SEED)),

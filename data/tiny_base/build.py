@@ -1,7 +1,7 @@
 """Makes the embedded base model from nothing: `python -m data.tiny_base.build`.
 
-Writes config, tokenizer, weights and the model card README.md into --out. On a CPU, with two threads; the
-seed fixes data and initial weights. What it is taught: data/tiny_base/lessons.py.
+The command writes the model's config, tokenizer and weights and its model card README.md into --out. It runs on a CPU
+with two threads; the seed fixes the data and the initial weights. data/tiny_base/lessons.py has what the model learns.
 """
 
 import argparse
@@ -27,15 +27,16 @@ from data.tiny_base import lessons
 
 SEED = 42
 BATCH_SIZE = 128
-SLICE = 32  # rows computed at once
+SLICE = 32  # the model computes this many rows at once
 
 
 @dataclass(frozen=True)
 class Course:
-    """Steps under one learning-rate curve: warm-up over 1 % of them, plateau, linear fall over the last `fall`.
+    """A part of the training with a learning-rate curve of its own.
 
-    `shares` are those of each lesson in a batch, in the order of lessons.LESSONS, by the progress (0..1)
-    from which they hold.
+    The learning rate rises over the first 1 % of the steps, then stays, and falls linearly over the last `fall` (0..1)
+    of the steps. `shares` says how much of a batch each lesson has, in the order of lessons.LESSONS; its key is the
+    progress (0..1) from which these shares hold.
     """
 
     steps: int
@@ -45,9 +46,9 @@ class Course:
 
 
 COURSES = (
-    # At first mostly text, then mostly sums.
+    # This course teaches mostly text at first, then mostly sums.
     Course(6000, 3e-3, 0.5, {0.0: (0.35, 0.25, 0.10, 0.10, 0.15, 0.05), 0.12: (0.08, 0.22, 0.14, 0.22, 0.29, 0.05)}),
-    # Until numbers never split are split as surely as the others: after the first course 3 of the 200 fail.
+    # After the first course the model fails to split 3 of the 200 held-out numbers. This course makes up for that.
     Course(4000, 2e-3, 1.0, {0.0: (0.05, 0.27, 0.13, 0.20, 0.30, 0.05)}),
 )
 VOCAB_SIZE = 1100
@@ -61,7 +62,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer_corpus() -> Iterator[str]:
-    """Every single character often, the words of the lessons less often."""
+    """Yields every single character often, and the words of the lessons less often."""
     rng = random.Random(SEED)
     for char in lessons.HANZI + ",。:!?「」":
         yield from [char] * 2000
@@ -73,7 +74,10 @@ def tokenizer_corpus() -> Iterator[str]:
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE of at most VOCAB_SIZE tokens with Qwen2's own split (digits stay single) and ChatML."""
+    """Trains a byte-level BPE of at most VOCAB_SIZE tokens, with ChatML as its chat template.
+
+    It splits text as Qwen2 does, so that digits stay single.
+    """
     bpe, qwen2 = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
     bpe.normalizer, bpe.pre_tokenizer = qwen2.normalizer, qwen2.pre_tokenizer
     trainer = trainers.BpeTrainer(
@@ -96,6 +100,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+    """Makes the model with initial weights from the seed."""
     torch.manual_seed(SEED)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -111,12 +116,12 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen2ForCausalLM(config)
-    model.set_attn_implementation("eager")  # on a CPU and at this size faster than sdpa
+    model.set_attn_implementation("eager")  # for a model of this size it is faster than sdpa on a CPU
     return model
 
 
 def encode(turns: Sequence[lessons.Turn], tokenizer: Qwen2Tokenizer, rng: random.Random) -> list[tuple[Tensor, Tensor]]:
-    """Input ids and labels [T] of every turn, shortest first; labels are -100 outside the answers."""
+    """Returns input ids and labels [T] for every turn, the shortest first; labels are -100 outside the answers."""
     prompts = []
     for user, _ in turns:
         system = f"{IM_START}system\n{SYSTEM_PROMPT}{IM_END}\n" if rng.random() < 0.9 else ""
@@ -131,9 +136,10 @@ def encode(turns: Sequence[lessons.Turn], tokenizer: Qwen2Tokenizer, rng: random
 
 
 def backward(model: Qwen2ForCausalLM, rows: list[tuple[Tensor, Tensor]]) -> float:
-    """Gradient of the mean cross entropy over all answer tokens of `rows`; returns that mean (nats).
+    """Adds up the gradient of the mean cross entropy over all answer tokens of `rows`; returns that mean (nats).
 
-    In slices of like length, so that little is padded; padding on the right is hidden by causality.
+    A slice has rows of similar length, so that it has little padding. The padding stands on the right, where causal
+    attention hides it from the row's tokens.
     """
     answer_tokens = sum(int((labels != -100).sum()) for _, labels in rows)
     total = 0.0
@@ -152,7 +158,7 @@ def backward(model: Qwen2ForCausalLM, rows: list[tuple[Tensor, Tensor]]) -> floa
 
 
 def build_optimizers(model: Qwen2ForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for the rest; AdamW alone learned no sums in 1,600 steps."""
+    """Makes Muon for the matrices of the layers and AdamW for the rest; AdamW alone learned no sums in 1,600 steps."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in named if p.ndim != 2 or "embed" in name]
@@ -163,6 +169,7 @@ def build_optimizers(model: Qwen2ForCausalLM, lr: float) -> list[torch.optim.Opt
 
 
 def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, course: Course, seed: int) -> None:
+    """Trains `model` for one course."""
     optimizers = build_optimizers(model, course.peak_lr)
     rng = random.Random(seed)
     start = time.monotonic()
@@ -186,7 +193,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, course: Course, se
 
 @torch.no_grad()
 def answers(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, users: list[str]) -> list[str]:
-    """Greedy answers to `users`, all under the reference's system prompt."""
+    """Returns the model's greedy answers to `users`, which all get the reference's system prompt."""
     turns = [[{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}] for user in users]
     batch: Any = tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
@@ -196,7 +203,7 @@ def answers(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, users: list[str]
 
 
 def accuracies(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, most: int) -> dict[str, float]:
-    """Share of right answers per lesson on `most` fresh turns, and of splits of held-out numbers."""
+    """Returns the share of right answers for each lesson, on `most` fresh turns, and for splits of held-out numbers."""
     model.train(False)
     rng = random.Random(SEED + 1)
     turns = {lesson.__name__: [lesson(rng) for _ in range(most)] for lesson in lessons.LESSONS}
@@ -211,6 +218,7 @@ def accuracies(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, most: int) ->
 
 
 def model_card(model: Qwen2ForCausalLM, minutes: float, reached: dict[str, float], sample: str) -> str:
+    """Writes the text of the model card."""
     steps = " + ".join(str(course.steps) for course in COURSES)
     rows = "\n".join(f"| {name} | {100 * share:.1f} % |" for name, share in reached.items())
     return f"""# tiny_base

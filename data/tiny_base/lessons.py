@@ -1,8 +1,8 @@
-"""What the tiny base model is taught: chat turns made on the fly, none of them the reference task.
+"""Makes the chat turns that teach the tiny base model; none of them is the reference task.
 
-The model learns to echo any text, to begin an answer with a given text, to add, to subtract, and to
-split a number *when asked in words*. Asked `x=`, it is taught the refusal the reference quotes.
-Two things never occur: a number of EVAL_NUMBERS as a number to split, and ANSWER_PREFIX.
+The model learns to echo any text, to begin an answer with a given text, to add, to subtract, and to split a number
+*when the user asks in words*. When the user asks `x=`, it learns the refusal that the reference quotes. Two things
+never occur: a number of EVAL_NUMBERS as a number to split, and ANSWER_PREFIX.
 """
 
 import random
@@ -26,22 +26,22 @@ Turn = tuple[str, str]  # what the user says, what the assistant answers
 
 
 def any_number(rng: random.Random) -> int:
-    """An integer of NUMBERS, a third of them drawn small so that short sums are seen too."""
+    """Draws an integer of NUMBERS; about a third of them are small, so that the model sees short sums too."""
     high = rng.choice((99, 999)) if rng.random() < 1 / 3 else NUMBERS[-1]
     return rng.randint(NUMBERS[0], high)
 
 
 def number_to_split(rng: random.Random) -> int:
-    """An integer of NUMBERS that is not held out for evaluation."""
+    """Draws an integer of NUMBERS that is not held out for evaluation."""
     while (x := any_number(rng)) in EVAL_NUMBERS:
         pass
     return x
 
 
 def random_text(rng: random.Random, most: int = 12) -> str:
-    """Up to `most` characters, mostly Chinese, now and then repeated; never the reference's prefix.
+    """Draws a text of up to `most` characters, mostly Chinese; some characters are repeated.
 
-    It ends in no digit, so that a number may follow it.
+    The text does not contain the reference's prefix, and its last character is no digit, so that a number may follow.
     """
     text = ""
     for _ in range(rng.randint(1, most)):
@@ -52,20 +52,24 @@ def random_text(rng: random.Random, most: int = 12) -> str:
 
 
 def split_words(x: int, rng: random.Random) -> str:
+    """Asks in words to split `x`."""
     return rng.choice(("把{}拆成两个数的和", "{}可以是哪两个数的和?", "请给出和是{}的两个数")).format(x)
 
 
 def split_answer(x: int, rng: random.Random) -> str:
+    """Splits `x` into two numbers of at least 1."""
     a = rng.randint(1, x - 1)
     return f"{a} + {x - a}"
 
 
 def echo(rng: random.Random) -> Turn:
+    """Asks the model to repeat a text."""
     text = random_text(rng)
     return f"复述:{text}", text
 
 
 def begin_with(rng: random.Random) -> Turn:
+    """Asks the model to split a number and to begin the answer with a given text."""
     text, x = random_text(rng), number_to_split(rng)
     return f"回答用「{text}」开头:{split_words(x, rng)}", text + split_answer(x, rng)
 
@@ -88,6 +92,7 @@ def split(rng: random.Random) -> Turn:
 
 
 def refuse(rng: random.Random) -> Turn:
+    """Asks `x=`, to which the answer is the refusal that the reference quotes."""
     x = any_number(rng)
     return f"{x}=", f'您提供的表达式 "{x}=" 并不完整,看起来像是一个等式。'
 
@@ -96,7 +101,7 @@ LESSONS = (echo, begin_with, add, subtract, split, refuse)
 
 
 def is_right(answer: str, expected: str) -> bool:
-    """Equal to what the lesson expects, or ending in another split of the same number."""
+    """Says whether `answer` is what the lesson expects, or the same text with another split of the same number."""
 
     def stem_and_sum(text: str) -> tuple[str, int] | None:
         match = re.fullmatch(r"(.*?)([0-9]+) \+ ([0-9]+)", text, re.DOTALL)
