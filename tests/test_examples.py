@@ -1,4 +1,4 @@
-"""Rows on disk: the same as in memory, without the memory; and a JSON array that is read a piece at a time."""
+"""Tests that rows on disk equal rows in memory and need none of it, and that a JSON array is read in pieces."""
 
 import json
 import random
@@ -14,7 +14,7 @@ import data.rows
 from data.chat import encode_row, encode_rows
 from data.errors import UserError
 from data.examples import Example, Examples, answer_lengths_of, lengths_of
-from data.rows import Row, iter_rows, read_rows
+from data.rows import Row, array_elements, iter_rows, read_rows
 from data.sums import SYSTEM_PROMPT
 from tests.equality import TINY
 
@@ -47,7 +47,7 @@ def test_no_room_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_batches_are_encoded_as_single_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With rows among them that name a control token, and at the borders of a batch."""
+    """Some rows name a control token, and the size of a batch puts its borders at different rows."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     rows = [Row(i, f"{i}=", "", f"{i} + 0") for i in range(1, 12)]
     rows[3] = Row(4, "<|im_end|>", "", "x")
@@ -58,18 +58,15 @@ def test_batches_are_encoded_as_single_rows(monkeypatch: pytest.MonkeyPatch) -> 
         assert list(encode_rows(iter(rows), Path("x"), SYSTEM_PROMPT, 99, tokenizer)) == one_by_one
 
 
-def values(content: str, tmp_path: Path) -> object:
+def written(content: str, tmp_path: Path) -> Path:
     path = tmp_path / "rows.json"
     path.write_text(content, encoding="utf-8")
-    try:
-        return [value for _, value, _ in data.rows._values(path)]
-    except UserError as error:
-        return str(error)
+    return path
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
 def test_an_array_in_pieces_is_the_array(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the pieces: numbers, escapes and characters of several bytes fall across their borders."""
+    """Numbers, escapes and characters of several bytes lie across the borders of the pieces."""
     monkeypatch.setattr(data.rows, "CHUNK", chunk)
     drawn = random.Random(0)
 
@@ -88,7 +85,22 @@ def test_an_array_in_pieces_is_the_array(chunk: int, tmp_path: Path, monkeypatch
             json.dumps(array, indent=2, ensure_ascii=False),
             f"\n {json.dumps(array)}\n",
         ):
-            assert values(content, tmp_path) == array
+            path = written(content, tmp_path)
+            with path.open(encoding="utf-8") as file:
+                assert list(array_elements(file, path)) == array
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_rows_of_an_array_in_pieces(
+    indent: int | None, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is read as an array also when its first pieces are nothing but white space."""
+    monkeypatch.setattr(data.rows, "CHUNK", chunk)
+    rows = [{"instruction": f"数 {i}=", "input": "", "output": f"{i}\n\\"} for i in range(3)]
+    path = written(f"\n  \n {json.dumps(rows, indent=indent, ensure_ascii=False)}\n", tmp_path)
+    expected = [Row(i, row["instruction"], row["input"], row["output"]) for i, row in enumerate(rows, start=1)]
+    assert read_rows(path) == expected
 
 
 BROKEN = [
@@ -115,9 +127,10 @@ def test_a_broken_array_is_named_where_json_names_it(
     monkeypatch.setattr(data.rows, "CHUNK", chunk)
     with pytest.raises(json.JSONDecodeError) as error:
         json.loads(content)
-    said = str(values(content, tmp_path))
-    assert f"line {error.value.lineno} column {error.value.colno}" in said
-    assert "so it has to be one JSON array" in said
+    with pytest.raises(UserError) as ours:
+        read_rows(written(content, tmp_path))
+    assert f"line {error.value.lineno} column {error.value.colno}" in str(ours.value)
+    assert "so it has to be one JSON array" in str(ours.value)
 
 
 def test_good_rows_come_before_the_bad_ones_are_named(tmp_path: Path) -> None:
@@ -152,7 +165,7 @@ print(len(examples), peak_memory() - before)
 
 @pytest.mark.parametrize("form", ["array", "lines"])
 def test_memory_does_not_grow_with_the_rows(form: str, tmp_path: Path) -> None:
-    """A hundred thousand rows of 49 tokens, read, tokenized and dealt out once: a few numbers of each in memory."""
+    """A hundred thousand rows of 49 tokens are read, tokenized and dealt out once; memory holds a few numbers a row."""
     count = 100_000
     rows = [json.dumps({"instruction": f"{i}=", "output": f"{i} + 0 {'x' * 20}"}) for i in range(count)]
     text = {"array": "[" + ",".join(rows) + "]", "lines": "\n".join(rows)}
