@@ -1,12 +1,15 @@
-"""Contenders of a benchmark take turns, one at a time, and one that dies is named with what it said."""
+"""Tests what the benchmarks share: taking turns, launching, and writing figures."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.docs_section import markdown_table
+from benchmarks.launching import run_to_end
 from benchmarks.turns import spread, take_turns
+from loop.recipe import ROOT
 
 CONTENDER = """
 import sys, time
@@ -66,3 +69,21 @@ def test_spread() -> None:
 
 def test_markdown_table() -> None:
     assert markdown_table(["", "a"], [["x", "1"], ["y", ""]]) == "| | a |\n|---|---|\n| x | 1 |\n| y | |"
+
+
+def test_a_launch_starts_from_a_clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "SWANLAB_MODE"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    printed = "import os, sys; print({k: v for k, v in os.environ.items() if v in '134'}, os.getcwd())"
+    done = run_to_end([sys.executable, "-c", f"{printed}; sys.exit('it failed')"], {"ADDED": "4"})
+    assert "'ADDED': '4'" in done.output
+    assert "'OMP_NUM_THREADS': '1'" in done.output
+    assert str(ROOT) in done.output
+    assert not any(name in done.output for name in ("RANK", "WORLD_SIZE", "ACCELERATE", "SWANLAB"))
+    assert (done.code, done.output.splitlines()[-1]) == (1, "it failed")
+
+
+def test_benchmarks_import_no_tests() -> None:
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) tests\b", file.read_text(), re.MULTILINE), file
