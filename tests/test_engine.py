@@ -95,6 +95,7 @@ def test_a_lock_that_a_killed_build_left_is_named(
     assert (f"waiting for {folder / 'lock'}: " in capsys.readouterr().out) == (age > 0)
 
 
+@pytest.mark.launches
 def test_a_start_compiles_nothing(tmp_path: Path) -> None:
     """DeepSpeed imports its Muon optimizer, which would compile functions then and take two seconds of every start."""
     script = f"""

@@ -24,7 +24,6 @@ from tests.tracker_faults import FAULTS, run_with, what_is_wrong
 from tests.warm import clean_environment
 
 
-
 def track(tmp_path: Path, tracker: str) -> Tracking:
     recipe = parse_recipe(["--tracker", tracker])[1]
     return Tracking(recipe, tmp_path, 0, 4, Accelerator(cpu=True))
@@ -120,6 +119,7 @@ end_process(main)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.launches
 def test_a_run_comes_to_its_end_whatever_its_tracker_does(fault: str, tmp_path: Path) -> None:
     assert what_is_wrong(fault, run_with(fault, tmp_path)) is None
 
@@ -132,6 +132,7 @@ def test_config_shows_what_the_reference_shows() -> None:
     assert all(isinstance(value, str | int | float | bool | None) for value in config.values())
 
 
+@pytest.mark.launches
 def test_swanlab_never_asks_in_a_terminal(tmp_path: Path) -> None:
     """Online without an account, with a terminal in front of it: it goes on without SwanLab."""
     folder = tmp_path / "run"
@@ -152,6 +153,7 @@ def test_swanlab_never_asks_in_a_terminal(tmp_path: Path) -> None:
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.launches
 def test_swanlab_runs_offline_without_account_or_terminal(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     home = tmp_path / "home"
