@@ -159,6 +159,7 @@ def test_a_step_goes_through_its_phases(account: Account, clock: Clock) -> None:
     assert account.step_seconds == [133, 133]
 
 
+@pytest.mark.launches
 def test_collectives_are_counted_by_kind_and_size(tmp_path: Path) -> None:
     """On two real processes; what a collective calls itself is not counted again."""
     script = """

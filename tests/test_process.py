@@ -9,6 +9,7 @@ from tests.distributed.launching import ROOT
 
 
 @pytest.mark.parametrize(("ending", "code"), [("pass", 0), ("raise UserError('u')", 2), ("raise KeyError('k')", 1)])
+@pytest.mark.launches
 def test_a_thread_that_still_works_does_not_abort_the_end(ending: str, code: int) -> None:
     """Python's own shutdown ends such a process by SIGABRT, with "terminate called without an active exception"."""
     script = f"""

@@ -33,6 +33,7 @@ def command(name: str, log: Path, steps: int = 2) -> list[str]:
     return [sys.executable, "-c", CONTENDER, name, str(log), str(steps)]
 
 
+@pytest.mark.launches
 def test_one_at_a_time_and_in_order(tmp_path: Path) -> None:
     log = tmp_path / "log"
     found = take_turns({name: command(name, log) for name in ("a", "b", "c")}, rounds=3, threads=1)
@@ -44,6 +45,7 @@ def test_one_at_a_time_and_in_order(tmp_path: Path) -> None:
         assert measured.notes == {"step": 7}
 
 
+@pytest.mark.launches
 def test_ranks_of_a_contender_go_together(tmp_path: Path) -> None:
     alone = command("x", tmp_path / "log")
     both = f"import subprocess; [each.wait() for each in [subprocess.Popen({alone!r}) for _ in 'ab']]"
@@ -52,6 +54,7 @@ def test_ranks_of_a_contender_go_together(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().count("x ends") == 2 * 2 * 2
 
 
+@pytest.mark.launches
 def test_one_that_dies_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"dies ended:\n(.*\n)*I was not up to it"):
         take_turns({name: command(name, tmp_path / "log") for name in ("a", "dies")}, rounds=3, threads=1)
