@@ -1,4 +1,4 @@
-"""Is an answer of the reference task right? Pure functions: text in, verdict out."""
+"""Judges answers to the reference task. These functions take text, return a verdict, and touch nothing else."""
 
 import re
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from data.sums import ANSWER_PREFIX
 
 @dataclass(frozen=True)
 class Verdict:
-    """`reason` is empty for a right answer, else it says what is wrong."""
+    """Says whether an answer is right. `reason` is empty for a right answer and says what is wrong with any other."""
 
     prefix: bool  # the answer begins with the prefix
-    right: bool  # and the rest is "a + b" with a + b = x
+    right: bool  # the answer begins with the prefix, and the rest is "a + b" with a + b = x
     reason: str
 
 
 def number_asked(instruction: str) -> int:
-    """The x of an instruction "x="; UserError for any other text."""
+    """Returns the x of an instruction "x=". Raises UserError for any other text."""
     match = re.fullmatch(r"([0-9]+)=", instruction.strip())
     if match is None:
         raise UserError(f"{instruction!r} is no question of the reference task; it has to be an integer and '='.")
@@ -25,14 +25,14 @@ def number_asked(instruction: str) -> int:
 
 
 def check_answer(x: int, answer: str) -> Verdict:
-    """Judges one answer to "x=". Spaces around the numbers and the sign do not matter; anything else does.
+    """Judges one answer to "x=". Spaces around the numbers and around the sign do not matter; all other text does.
 
-    Negative numbers are integers too: the task only asks for any two that sum to x.
+    Negative numbers count as integers: the task asks for any two integers whose sum is x.
     """
     if not answer.startswith(ANSWER_PREFIX):
         return Verdict(False, False, "prefix missing")
     rest = answer.removeprefix(ANSWER_PREFIX).strip()
-    # [0-9], because \d takes digits of every script and int() reads them all.
+    # The pattern is [0-9] because \d accepts the digits of every script, and int() reads all of them.
     numbers = re.findall(r"[0-9]+", rest)
     match = re.fullmatch(r"(-?[0-9]+)\s*\+\s*(-?[0-9]+)", rest)
     if match is None:

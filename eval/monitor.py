@@ -1,7 +1,7 @@
-"""Samples the hardware from outside while something runs: `python -m eval.monitor --pid PID`.
+"""Samples the hardware from outside while a process runs: `python -m eval.monitor --pid PID`.
 
-One row of samples.csv for each sample: the machine, the process tree of PID, its ranks, the GPUs. An empty cell is
-something this system does not tell.
+Each sample is one row of samples.csv, with cells about the machine, the process tree of PID, its ranks and the GPUs. A
+cell is empty where this system does not tell the value.
 """
 
 import argparse
@@ -21,19 +21,20 @@ from eval.hardware.process_tree import ProcessTree
 from loop.guard.process import exit_codes
 
 INTERVAL = 0.5  # seconds
-INTERVALS = (0.05, 60.0)  # shortest and longest that make sense
+INTERVALS = (0.05, 60.0)  # the shortest and the longest interval that make sense, in seconds
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What sampling itself has cost."""
+    """Says what the sampling itself has cost."""
 
     samples: int
     cpu_seconds: float
-    share_of_a_core: float  # cpu_seconds by the time it went on
+    share_of_a_core: float  # cpu_seconds divided by the seconds from the start to the last sample
 
 
 def columns(num_ranks: int, num_gpus: int) -> list[str]:
+    """Returns the names of the columns of samples.csv."""
     return [
         "seconds",
         "machine_cpu_percent",
@@ -50,14 +51,14 @@ def columns(num_ranks: int, num_gpus: int) -> list[str]:
 
 
 class Monitor:
-    """A thread that samples process `pid` and its descendants into `file` while the context is open.
+    """Runs a thread that samples the process `pid` and its descendants into `file` while the context is open.
 
-    `cost` says afterwards what that took. A file that cannot be written ends the sampling with a warning, and
-    nothing else.
+    `cost` says afterwards what the sampling took. When the file cannot be written, the sampling ends with a warning,
+    and the program goes on.
     """
 
     def __init__(self, pid: int, file: Path, interval: float = INTERVAL, num_ranks: int = 1) -> None:
-        """Raises psutil.NoSuchProcess."""
+        """Raises psutil.NoSuchProcess when there is no process `pid`."""
         self.file, self.interval, self.num_ranks = file, interval, num_ranks
         self.started = time.monotonic()
         self.tree = ProcessTree(pid)
@@ -81,7 +82,7 @@ class Monitor:
 
     def _sample(self) -> None:
         gpus = open_gpus()
-        psutil.cpu_percent()  # the first call of a thread only begins to count
+        psutil.cpu_percent()  # the first call in a thread returns nothing useful: counting begins there
         names = columns(self.num_ranks, len(gpus))
         with self.file.open("w", newline="", encoding="utf-8") as file:
             rows = csv.DictWriter(file, names)
@@ -89,7 +90,7 @@ class Monitor:
             while not self.over.wait(self._until_next()):
                 tree = self.tree.sample(self.num_ranks)
                 if not self.tree.processes:
-                    return  # all have ended
+                    return  # all processes have ended
                 cells = {
                     "seconds": time.monotonic() - self.started,
                     "machine_cpu_percent": psutil.cpu_percent(),
@@ -105,16 +106,20 @@ class Monitor:
                 )
 
     def _until_next(self) -> float:
-        """Seconds. Samples are due at multiples of the interval; one that was missed is left out."""
+        """Returns the seconds until the next sample.
+
+        Samples are due at multiples of the interval. A sample that was missed is left out.
+        """
         return self.interval - (time.monotonic() - self.started) % self.interval
 
 
 def _text(cell: float | None) -> str:
+    """Returns a cell as it stands in the file."""
     return "" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell)
 
 
 def check_interval(seconds: float) -> None:
-    """Raises UserError."""
+    """Raises UserError when the interval is too short or too long."""
     shortest, longest = INTERVALS
     if not shortest <= seconds <= longest:
         raise UserError(f"--interval is {seconds:g}, but has to be {shortest:g} to {longest:g} seconds.")

@@ -1,6 +1,7 @@
-"""What this machine is, and the most that it computes: `python -m eval.peak` measures a matrix product.
+"""Describes this machine and measures how fast it computes: `python -m eval.peak` times a matrix product.
 
-On one GPU where there is one, otherwise on all cores. What a training reaches is shown as a share of this.
+The product runs on one GPU where there is a GPU, and otherwise on all cores. A report shows the speed of a training as
+a share of this peak.
 """
 
 import json
@@ -17,13 +18,14 @@ import torch
 
 from eval.hardware.nvml import gpu_names, open_gpus
 
-LONG_ENOUGH = 0.05  # seconds that a product has to take, so that starting it does not count
+LONG_ENOUGH = 0.05  # seconds that one product has to take, so that the time to start it does not matter
 LARGEST = 16384  # rows and columns: three matrices of 1 GB in fp32
-SECONDS = 2.0  # of repetitions; the best counts
-TIMEOUT = 120.0  # seconds
+SECONDS = 2.0  # seconds for which the product is repeated; the fastest repetition counts
+TIMEOUT = 120.0  # seconds that the whole measurement may take
 
 
 def machine() -> dict[str, Any]:
+    """Describes this machine: its CPU, the cores that this process may use, its memory and its GPUs."""
     return {
         "cpu": _cpu_name(),
         "cores": usable_cores(),
@@ -42,13 +44,15 @@ def _cpu_name() -> str:
 
 
 def usable_cores() -> int:
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def matmul_peak() -> dict[str, dict[str, float]]:
-    """FLOP/s by device and precision, for example {"cpu": {"bf16": 2e11, "fp32": 1e11}}; empty if that fails.
+    """Returns FLOP/s by device and precision, for example {"cpu": {"bf16": 2e11, "fp32": 1e11}}.
 
-    In a process of its own, because OMP_NUM_THREADS and what else is loaded here would hold it back.
+    The measurement runs in a process of its own, because this process may be limited by OMP_NUM_THREADS. When the
+    measurement fails, this function prints a warning and returns an empty dictionary.
     """
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(usable_cores()))
     command = [sys.executable, "-m", "eval.peak"]
@@ -64,21 +68,22 @@ def matmul_peak() -> dict[str, dict[str, float]]:
 
 
 def measure(device: str, dtype: torch.dtype, largest: int = LARGEST, seconds: float = SECONDS) -> float:
-    """FLOP/s of the best of some products [n, n] x [n, n], n doubled until one takes long enough."""
+    """Returns the FLOP/s of the fastest product [n, n] x [n, n]; n is doubled until a product takes long enough."""
     n = 256
     while True:
         left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        best = min(_seconds_of(left, right) for _ in range(2))  # the first one also warms up
+        best = min(seconds_of_product(left, right) for _ in range(2))  # the first one also warms up
         if best >= LONG_ENOUGH or n >= largest:
             break
         n *= 2
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        best = min(best, _seconds_of(left, right))
+        best = min(best, seconds_of_product(left, right))
     return 2 * n**3 / best
 
 
-def _seconds_of(left: torch.Tensor, right: torch.Tensor) -> float:
+def seconds_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Returns the seconds that the matrix product of `left` and `right` takes, on the GPU too."""
     if left.is_cuda:
         torch.cuda.synchronize()
     begun = time.perf_counter()

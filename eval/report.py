@@ -1,6 +1,7 @@
-"""Draws the page of a comparison of configurations, or of one or several runs: `python -m eval.report FOLDER …`.
+"""Draws a page about a comparison of configurations, or about one or more runs: `python -m eval.report FOLDER …`.
 
-Writes report.html, which needs nothing else, report.md, summary.json and charts/ with an SVG and a CSV for each chart.
+This command writes report.html, which needs no other file, and report.md, summary.json, and charts/ with an SVG and a
+CSV for each chart.
 """
 
 import argparse
@@ -8,7 +9,6 @@ import errno
 import html
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,16 +22,18 @@ from data.errors import UserError
 from eval.reference import PUBLISHED, PUBLISHED_ANSWERS
 from eval.reporting.charts import Chart, to_csv, to_svg
 from eval.reporting.conclusions import NOT_MEASURED, conclusions, sentences
+from eval.reporting.markdown import literal, markdown_table
 from eval.reporting.page import ROWS, Block, Page, comparison_page, run_page, state
 from eval.reporting.run_files import read_object, reading
 from eval.reporting.run_summary import Run, read_run
 from loop.guard.process import RunError, exit_codes
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the disk is at fault, not the user
 
 
 def to_markdown(page: Page) -> str:
-    parts = [f"# {_literal(page.title)}", _literal(page.about)]
+    """Returns the text of report.md."""
+    parts = [f"# {literal(page.title)}", literal(page.about)]
     for title, blocks in page.sections.items():
         parts += [f"## {title}", *map(_block_to_markdown, blocks)] if blocks else []
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -39,25 +41,20 @@ def to_markdown(page: Page) -> str:
 
 def _block_to_markdown(block: Block) -> str:
     if isinstance(block, str):
-        return f"- {_literal(block)}"
+        return f"- {literal(block)}"
     if isinstance(block, Chart):
-        title = _literal(block.title)
+        title = literal(block.title)
         image = f"![{title}](charts/{block.name}.svg)\n\n[the points as CSV](charts/{block.name}.csv)"
         return image if block.drawn else f"- {title}: {NOT_MEASURED}: {block.missing}."
-    head, *rows = ([_literal(text) for text in row] for row in (block.head, *block.rows))
-    lines = [head, ["---"] * len(head), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    if block.folded:  # Markdown is not read within a line of HTML
+    head, *rows = ([literal(text) for text in row] for row in (block.head, *block.rows))
+    table = markdown_table(head, rows)
+    if block.folded:  # a line that begins with HTML is not read as Markdown, so the caption is HTML
         return f"<details><summary>{html.escape(block.caption)}</summary>\n\n{table}\n\n</details>"
-    return f"**{_literal(block.caption)}**\n\n{table}"
-
-
-def _literal(text: str) -> str:
-    """Means nothing to Markdown, and is one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|~#$&!])", r"\\\1", " ".join(text.split()))
+    return f"**{literal(block.caption)}**\n\n{table}"
 
 
 def summary(runs: Sequence[Run], **more: Any) -> dict[str, Any]:
+    """Returns the content of summary.json; `more` are further keys of it."""
     keys = [row[1] for row in ROWS]
     return {
         "null": NOT_MEASURED,
@@ -71,7 +68,10 @@ def summary(runs: Sequence[Run], **more: Any) -> dict[str, Any]:
 
 
 def write(out: Path, page: Page, numbers: Mapping[str, Any]) -> None:
-    """All files are whole before the first takes its place. Raises RunError when they cannot be written."""
+    """Writes all files of a report into `out`; each of them is complete before the first takes its place.
+
+    Raises RunError when the disk is full or broken, and UserError when `out` cannot be written for another reason.
+    """
     charts = [block for blocks in page.sections.values() for block in blocks if isinstance(block, Chart)]
     svgs = {chart.name: to_svg(chart) for chart in charts if chart.drawn}
     files = {f"charts/{name}.svg": svg for name, svg in svgs.items()}
@@ -95,7 +95,7 @@ def write(out: Path, page: Page, numbers: Mapping[str, Any]) -> None:
             for name in files:
                 os.replace(Path(beside) / name, out / name)
         for chart in charts:
-            if not chart.drawn:  # but it was, of what lay here before
+            if not chart.drawn:  # an earlier report may have left a drawing of this chart
                 (out / "charts" / f"{chart.name}.svg").unlink(missing_ok=True)
                 (out / "charts" / f"{chart.name}.csv").unlink(missing_ok=True)
     except OSError as error:
@@ -104,17 +104,20 @@ def write(out: Path, page: Page, numbers: Mapping[str, Any]) -> None:
 
 
 def write_comparison_report(folder: Path) -> None:
-    """Of what is done of a comparison so far. Raises UserError for damaged files, RunError for a full disk."""
+    """Draws the report of a comparison, with the runs that are done so far.
+
+    Raises UserError for damaged files and RunError for a full disk.
+    """
     comparison = read_object(folder / "comparison.json")
     with reading(folder / "comparison.json"):
         runs = [read_run(name, folder / name, comparison) for name in comparison["accel_configs"]]
         page = comparison_page(comparison, runs)
-    published = {name: asdict(figures) for name, figures in PUBLISHED.items()} | {"answers": PUBLISHED_ANSWERS}
+    published = {name: asdict(training) for name, training in PUBLISHED.items()} | {"answers": PUBLISHED_ANSWERS}
     write(folder, page, summary(runs, comparison=comparison, published=published, conclusions=conclusions(runs)))
 
 
 def write_run_report(folders: Sequence[Path], out: Path) -> None:
-    """Of runs on their own. Raises as write_comparison_report."""
+    """Draws one report about runs that belong to no comparison. Raises the errors of write_comparison_report."""
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]

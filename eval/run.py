@@ -1,4 +1,4 @@
-"""Before and after: `python -m eval.run --run runs/…` judges the base and the fine-tuned model.
+"""Asks the base model and the fine-tuned model and judges their answers: `python -m eval.run --run runs/…`.
 
 This command prints the reference's table with our columns in it. It writes eval.json and answers.jsonl into the run
 folder and draws the run's report.html again.
@@ -28,19 +28,21 @@ from data.rows import Problems, Row, read_rows
 from eval.answers.generate import PeakMemory, generate, load_model, load_tokenizer, timed
 from eval.answers.vllm_backend import ask_vllm, check_vllm
 from eval.check import Verdict, check_answer, number_asked
+from eval.files import user_error
 from eval.reference import PUBLISHED_ANSWERS
+from eval.reporting.markdown import markdown_table
 from loop.guard.process import RunError, end_process, exit_codes
 from loop.model.build import build_tokenizer, check_model
 from loop.recipe import ROOT, find_model, find_path, parse_recipe
 from loop.saving.checkpoint import ADAPTER, first_difference
 from loop.saving.run_folder import write_json
 
-SAMPLES = 3  # answers shown of each model
+SHOWN_ANSWERS = 3  # answers of each model that are printed
 
 
 @dataclass(frozen=True)
 class Question:
-    """What one of the two worker processes is asked to do."""
+    """Says what one worker process has to do: which model to ask, how, and with which rows."""
 
     label: str  # base or tuned
     model: str
@@ -49,43 +51,45 @@ class Question:
     trust_remote_code: bool
     system_prompt: str
     rows: list[Row]
-    batch_size: int | None  # None: what fits
+    batch_size: int | None  # None stands for as many prompts as fit into memory
     max_new_tokens: int
     backend: str = "transformers"
-    verify: int = 0  # rows asked once more, one at a time
+    verify: int = 0  # the first so many rows are asked once more, one at a time
 
 
 @dataclass(frozen=True)
 class Score:
-    accuracy: float  # prefix right and a + b = x, share of all rows
-    prefix_rate: float  # prefix right, share of all rows
-    seconds: float  # generating all answers, loading excluded
-    tokens_per_second: float  # generated, end tokens included
-    peak_load_bytes: int | None  # GPU, or resident memory without one; None where it is not known
-    peak_inference_bytes: int | None  # beyond what is held once the model is loaded
-    verified: int = 0  # answers asked for once more, one at a time
-    different: int = 0  # of these
+    """Holds the result of one model, as eval.json has it."""
+
+    accuracy: float  # share of all rows whose answer has the prefix and a + b = x
+    prefix_rate: float  # share of all rows whose answer has the prefix
+    seconds: float  # time to generate all answers, without loading the model
+    tokens_per_second: float  # generated tokens, end tokens included
+    peak_load_bytes: int | None  # GPU memory, or resident host memory without a GPU; None if not known
+    peak_inference_bytes: int | None  # memory beyond what the loaded model takes
+    verified: int = 0  # number of rows that were asked once more, one at a time
+    different: int = 0  # number of these rows whose second answer differs
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What one process has to say to its share of the rows."""
+    """Holds what one process has found out about its share of the rows."""
 
     answers: list[str]
     num_tokens: int
     seconds: float
     peak_load: int | None
     peak_inference: int | None
-    different: int = 0  # of the first `verify`, from what they are one at a time
+    different: int = 0  # number of the first `verify` rows that get another answer when asked one at a time
 
 
 def ask(question: Question) -> Asked:
-    """Runs in its own process."""
+    """Asks one model its rows. This function runs in a worker process."""
     if question.backend == "vllm":
         answers, num_tokens, seconds = ask_vllm(question)
         return Asked(answers, num_tokens, seconds, None, None)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # whose memory is measured, and waited for
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # PeakMemory and timed() look at the current GPU
     memory = PeakMemory()
     tokenizer = load_tokenizer(question.model, question.trust_remote_code)
     model = load_model(question.model, question.adapter, question.merge, question.trust_remote_code)
@@ -106,9 +110,10 @@ def ask(question: Question) -> Asked:
 
 
 def ask_everywhere(question: Question) -> Asked:
-    """Each process asks its share of the rows, in a fresh process, so that no model's memory counts for another.
+    """Asks all rows: each rank asks its share, in a fresh worker process, and gets the answers of all ranks.
 
-    Every rank enters, and gets the whole.
+    The worker is fresh so that the memory of one model does not count for the next. Every rank has to call this
+    function.
     """
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     share = replace(question, rows=question.rows[rank::ranks], verify=len(range(rank, question.verify, ranks)))
@@ -116,10 +121,10 @@ def ask_everywhere(question: Question) -> Asked:
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             mine = pool.submit(ask, share).result() if share.rows else Asked([], 0, 0.0, None, None)
-    except Exception as error:  # the others would wait for this rank
+    except Exception as error:  # the other ranks would wait for this rank
         mine = error
     everyone: list[Asked] = []
-    for number, each in enumerate(gather_object([mine]) if ranks > 1 else [mine]):  # collective
+    for number, each in enumerate(gather_object([mine]) if ranks > 1 else [mine]):  # a collective
         if isinstance(each, Exception):
             raise each if number == rank else RunError(f"rank {number} could not answer: {each}")
         everyone.append(each)
@@ -137,7 +142,7 @@ def ask_everywhere(question: Question) -> Asked:
 
 
 def evaluate(question: Question) -> tuple[Score, list[tuple[Row, str, Verdict]]]:
-    """Asks, and judges the answers; every rank enters."""
+    """Asks all rows and judges the answers. Every rank has to call this function."""
     asked = ask_everywhere(question)
     judged = [
         (row, answer, check_answer(number_asked(row.instruction), answer))
@@ -157,7 +162,7 @@ def evaluate(question: Question) -> tuple[Score, list[tuple[Row, str, Verdict]]]
 
 
 def table(scores: dict[str, Score], num_rows: int, batch_size: int | None) -> str:
-    """Ours beside the reference's, as a Markdown table."""
+    """Returns our results beside those of the reference, as a Markdown table."""
     ours = f"{num_rows}, {batch_size or 'what fits'}"
     columns: list[dict[str, Any]] = [*PUBLISHED_ANSWERS.values(), *(asdict(score) for score in scores.values())]
     rows = [
@@ -170,8 +175,7 @@ def table(scores: dict[str, Score], num_rows: int, batch_size: int | None) -> st
         ("peak memory, inference beyond that, MB", [_megabytes(c["peak_inference_bytes"]) for c in columns]),
     ]
     names = [f"reference, {label}" for label in PUBLISHED_ANSWERS] + [f"ours, {label}" for label in scores]
-    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows])
+    return markdown_table(["", *names], [[name, *cells] for name, cells in rows])
 
 
 def _megabytes(size: int | None) -> str:
@@ -179,6 +183,7 @@ def _megabytes(size: int | None) -> str:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the options of this command. Raises UserError for values that cannot be."""
     parser = argparse.ArgumentParser(prog="python -m eval.run", description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="run folder of a training: asks its base and its fine-tuned model")
@@ -203,7 +208,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def questions(args: argparse.Namespace) -> list[Question]:
-    """One for each model to ask; UserError when the run, the recipe, the model or the rows are not there."""
+    """Returns one question for each model to ask. Raises UserError when the run, recipe, model or rows are missing."""
     if args.run:
         for file in ("recipe.yaml", "adapter/adapter_config.json", f"adapter/{ADAPTER}"):
             if not (args.run / file).is_file():
@@ -218,7 +223,7 @@ def questions(args: argparse.Namespace) -> list[Question]:
     problems.fail(path)
     adapters: dict[str, Path | None] = {} if args.adapter_only else {"base": None}
     model = find_model(recipe.model.name_or_path)
-    adapted = check_model(recipe, build_tokenizer(recipe))  # fails here rather than in a worker
+    adapted = check_model(recipe, build_tokenizer(recipe))  # a bad recipe fails here rather than in a worker
     if args.run:
         adapters["tuned"] = args.run / "adapter"
         _check_adapter(args.run / "adapter" / ADAPTER, adapted)
@@ -241,17 +246,17 @@ def questions(args: argparse.Namespace) -> list[Question]:
 
 
 def _check_adapter(file: Path, model: PeftModel) -> None:
-    """PEFT only warns of an adapter that is not this model's, which then answers as the base does."""
-    try:
+    """Raises UserError for the adapter of another model. PEFT would only warn, and the answers would be the base's."""
+    # The kind is Exception because safetensors raises an exception type of its own.
+    with user_error(f"{file}: cannot be read", "Copy it anew, or train once more.", (Exception,)):
         found = {name: tensor.shape for name, tensor in load_file(file).items()}
-    except Exception as error:  # safetensors has an exception of its own
-        raise UserError(f"{file}: cannot be read: {error}. Copy it anew, or train once more.") from error
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     if other := first_difference(found, expected):
         raise UserError(f"{file}: is not of the model and the recipe of this run, first in {other}. Train once more.")
 
 
 def _not_a_question(row: Row) -> str | None:
+    """Says why a row is no question of the reference task; returns None for a question."""
     try:
         number_asked(row.instruction)
     except UserError as error:
@@ -284,7 +289,7 @@ def main(argv: Sequence[str]) -> None:
     to_ask = questions(args)
     main_process = os.environ.get("RANK", "0") == "0"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(cpu=True)  # the processes exchange text only; their workers have the GPUs
+        PartialState(cpu=True)  # these processes exchange only text; their workers use the GPUs
     scores: dict[str, Score] = {}
     lines = []
     for question in to_ask:
@@ -294,7 +299,7 @@ def main(argv: Sequence[str]) -> None:
         for number, (row, answer, verdict) in enumerate(judged):
             line = {"model": question.label, "instruction": row.instruction, "answer": answer, **asdict(verdict)}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-            if main_process and number < SAMPLES:
+            if main_process and number < SHOWN_ANSWERS:
                 print(f"  {row.instruction}  {answer!r}  {verdict.reason or 'right'}")
     if not main_process:
         return

@@ -1,8 +1,9 @@
-"""One recipe under several accelerate YAMLs, one after the other, each as a user would launch it, then evaluated.
+"""Trains one recipe under several accelerate YAMLs, one after the other, and evaluates each of the trainings.
 
 python -m eval.stages [--config RECIPE] [--accel YAML …] [-- --epochs 1 …]
 
-What fails is recorded with its reason, and the rest goes on. The same command goes on where it was interrupted.
+Each training is launched as a user would launch it. When one fails, this command records the reason and goes on with
+the next. When this command was interrupted, the same command goes on from there.
 """
 
 import argparse
@@ -20,7 +21,14 @@ from types import FrameType
 
 from data.errors import UserError
 from eval.comparing.accel_files import Configuration
-from eval.comparing.comparison import Comparison, check_machine, check_recipe, only_one, plan, write_comparison
+from eval.comparing.comparison import (
+    Comparison,
+    check_machine,
+    check_recipe,
+    only_one,
+    plan_comparison,
+    write_comparison,
+)
 from eval.comparing.configuration_run import is_done, result_of, run_one
 from eval.comparing.launch import clean_environment
 from eval.comparing.progress import Progress, duration
@@ -28,13 +36,16 @@ from eval.monitor import INTERVAL, check_interval
 from eval.report import write_comparison_report
 from loop.guard.process import RunError, Stopped, exit_codes
 
-TIMEOUT = 4 * 3600.0  # seconds
-SWANLAB_TIMEOUT = 300.0  # seconds
+TIMEOUT = 4 * 3600.0  # seconds that one training, or one evaluation, may take
+SWANLAB_TIMEOUT = 300.0  # seconds that SwanLab may take to record one run
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def parse(argv: list[str]) -> tuple[Comparison, bool]:
-    """What to compare, and whether what has failed is to be run again. Raises UserError."""
+    """Returns what to compare, and whether the runs that failed are to be run again.
+
+    Raises UserError for options, recipes and YAMLs that cannot be used.
+    """
     own, overrides = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(
         prog="python -m eval.stages",
@@ -60,11 +71,11 @@ def parse(argv: list[str]) -> tuple[Comparison, bool]:
     check_interval(args.interval)
     if not 0 < args.timeout < math.inf:
         raise UserError(f"--timeout is {args.timeout:g}, but has to be above 0 seconds.")
-    return plan(args.config, overrides, args.accel, args.out, args.interval, args.timeout), args.retry
+    return plan_comparison(args.config, overrides, args.accel, args.out, args.interval, args.timeout), args.retry
 
 
 def track(comparison: Comparison) -> None:
-    """Hands what has ended to SwanLab, a run each, where that has not been done."""
+    """Hands each run that has ended to SwanLab, unless SwanLab has it already."""
     if comparison.recipe.tracker != "swanlab":
         return
     for configuration in comparison.configurations:
@@ -88,29 +99,32 @@ def track(comparison: Comparison) -> None:
 
 
 def conclude(comparison: Comparison) -> None:
-    """After each run, so that a comparison that is killed has a report too."""
+    """Draws the report. The command does this after each run, so that a killed comparison has a report too."""
     track(comparison)
     try:
         write_comparison_report(comparison.out)
-    except Exception as error:  # what draws charts may not cost the runs that are left
+    except Exception as error:  # an error in drawing must not stop the runs that are left
         print(f"warning: no report: {error}", flush=True)
 
 
 def summarize(comparison: Comparison) -> None:
-    """What has come out, at the end. Raises RunError when no run came to its end."""
+    """Prints the result of the comparison. Raises RunError when no run has finished."""
     results = [result_of(comparison.out / configuration.name) for configuration in comparison.configurations]
     finished = sum(result["status"] == "finished" for result in results if result)
     if not finished:
         raise RunError(f"none of {len(results)} runs finished; the reasons are above and in {comparison.out}.")
     failed = f", {len(results) - finished} failed (--retry runs them again)" if finished < len(results) else ""
     print(f"{finished} of {len(results)} runs finished{failed}")
-    with contextlib.suppress(OSError, ValueError, LookupError):  # it was said that there is no report
+    with contextlib.suppress(
+        OSError, ValueError, LookupError
+    ):  # conclude() has printed a warning when there is no report
         for finding in json.loads((comparison.out / "summary.json").read_text(encoding="utf-8"))["findings"]:
             print(f"- {finding}")
         print(f"tables: {comparison.out / 'report.md'}\nwith charts: {comparison.out / 'report.html'}")
 
 
 def run_all(comparison: Comparison, left: list[Configuration], total_steps: int) -> None:
+    """Runs the configurations that are `left`, one after the other; each training takes `total_steps` steps."""
     folders = [comparison.out / configuration.name for configuration in comparison.configurations]
     results = [result for folder in folders if (result := result_of(folder))]
     seconds = [result["wall_seconds"] for result in results if result["status"] == "finished"]
@@ -133,7 +147,7 @@ def run_all(comparison: Comparison, left: list[Configuration], total_steps: int)
 
 @contextmanager
 def stoppable(comparison: Comparison) -> Iterator[None]:
-    """SIGINT and SIGTERM become Stopped, once: what cleans up after it is not disturbed."""
+    """Raises Stopped at the first SIGINT or SIGTERM and ignores later ones, which would disturb the cleaning up."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in STOPPING:
@@ -170,7 +184,10 @@ def main(argv: list[str]) -> None:
 
 @contextmanager
 def one_error(comparison: Comparison) -> Iterator[None]:
-    """A full disk, a folder that is gone: what has ended stays, and what is left would not do better."""
+    """Turns an OSError into a RunError: the disk is full, for example, or the folder is gone.
+
+    The runs that have ended stay. The other runs are not tried, because they would fail as well.
+    """
     try:
         yield
     except OSError as error:

@@ -13,7 +13,7 @@ from eval.reporting.charts import (
     COLOURS,
     DARK,
     LIGHT,
-    PARTS,
+    X_PARTS,
     Chart,
     line_style,
     loss_charts,
@@ -181,8 +181,8 @@ def line_points(svg: str) -> list[tuple[float, float]]:
 
 def test_many_points_are_drawn_as_means_and_all_stand_in_the_csv() -> None:
     """0 and 2 in turn, ten a part of the axis: a flat line at their mean."""
-    x = [number / 10 for number in range(10 * PARTS)]
-    y = [2.0 * (number % 2) for number in range(10 * PARTS)]
+    x = [number / 10 for number in range(10 * X_PARTS)]
+    y = [2.0 * (number % 2) for number in range(10 * X_PARTS)]
     many = chart(series={"a": (x, y)})
     heights = {round(height, 3) for _, height in line_points(to_svg(many))}
     assert len(heights) == 1

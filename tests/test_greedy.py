@@ -101,7 +101,7 @@ def test_work_is_saved(model: Any) -> None:
 def test_a_batch_that_does_not_fit_is_halved(model: Any) -> None:
     asked = prompts(0, 9)
     sizes: list[int] = []
-    real = greedy._decode_batch
+    real = greedy.decode_batch
 
     def small(model: Any, prefix: Any, shared: int, batch: Any, *rest: Any) -> Any:
         sizes.append(len(batch))
@@ -109,7 +109,7 @@ def test_a_batch_that_does_not_fit_is_halved(model: Any) -> None:
             raise torch.cuda.OutOfMemoryError
         return real(model, prefix, shared, batch, *rest)
 
-    with patch.object(greedy, "_decode_batch", small):
+    with patch.object(greedy, "decode_batch", small):
         assert decode(model, asked, 8, MOST, END) == [by_hand(model, prompt) for prompt in asked]
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
 

@@ -14,7 +14,7 @@ from eval.peak import machine, matmul_peak, measure, usable_cores
 def test_operations_are_two_for_each_of_n_cubed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each product takes 0.2 s here, the best one 0.1 s: with n = 256 that makes 2 x 256^3 / 0.1 FLOP/s."""
     seconds = iter([0.2, 0.2, 0.1, *[0.2] * 100_000])
-    monkeypatch.setattr(peak, "_seconds_of", lambda left, right: next(seconds))
+    monkeypatch.setattr(peak, "seconds_of_product", lambda left, right: next(seconds))
     assert measure("cpu", torch.float32, seconds=0.01) == pytest.approx(2 * 256**3 / 0.1)
 
 
@@ -25,7 +25,7 @@ def test_the_size_grows_until_a_product_takes_long_enough(monkeypatch: pytest.Mo
         sizes.append(left.shape)
         return 0.001 * (len(left) / 256) ** 3
 
-    monkeypatch.setattr(peak, "_seconds_of", cubic)
+    monkeypatch.setattr(peak, "seconds_of_product", cubic)
     assert measure("cpu", torch.float32, seconds=0) == pytest.approx(2 * 256**3 / 0.001)
     assert sizes == [torch.Size([n, n]) for n in (256, 256, 512, 512, 1024, 1024)], "1024: 0.064 s"
 
@@ -57,6 +57,7 @@ def test_all_cores_are_used_whatever_omp_num_threads_says(monkeypatch: pytest.Mo
     assert asked["OMP_NUM_THREADS"] == asked["MKL_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
 
 
+@pytest.mark.launches
 def test_in_a_process_of_its_own() -> None:
     ((device, flops),) = matmul_peak().items()
     assert device == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Batched greedy generation, in a process without DeepSpeed."""
+"""Loads a model and generates greedy answers in batches, in a process without DeepSpeed."""
 
 import os
 import time
@@ -12,9 +12,9 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.answers.greedy import Progress, decode
+from eval.answers.greedy import OnAnswered, decode
 
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses its old names
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses old names of transformers
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -26,10 +26,10 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
 def load_model(
     name_or_path: str, adapter: Path | None = None, merge: bool = True, trust_remote_code: bool = False
 ) -> PreTrainedModel | PeftModel:
-    """The model in its checkpoint's own dtype, on this process's GPU if there is one, with `adapter` on top.
+    """Returns the model with `adapter` on top, in the dtype of its checkpoint, on this process's GPU if there is one.
 
-    Merged into the weights the adapter costs nothing a token; unmerged it costs two more
-    multiplications in every linear layer.
+    An adapter that is merged into the weights adds no work to a token. An adapter that is not merged adds two
+    multiplications in every linear layer that it changes.
     """
     transformers.utils.logging.disable_progress_bar()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -38,7 +38,7 @@ def load_model(
         dtype="auto",
         trust_remote_code=trust_remote_code,
         use_safetensors=True,  # the other format is pickle, which can run code
-        device_map={"": device},  # straight there: no second copy in host memory
+        device_map={"": device},  # the weights go straight to the device, without a copy in host memory
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
@@ -55,11 +55,11 @@ def generate(
     prompts: Sequence[str],
     batch_size: int | None,
     max_new_tokens: int,
-    progress: Progress = lambda answered: None,
+    progress: OnAnswered = lambda answered: None,
 ) -> tuple[list[str], int]:
-    """Greedy answers to rendered `prompts`, in their order, and the number of tokens generated.
+    """Returns the greedy answers to the rendered `prompts`, in their order, and the number of generated tokens.
 
-    An answer ends at the end token, which is counted and not shown, or after `max_new_tokens`.
+    An answer ends at the end token or after `max_new_tokens`. The end token is counted but not part of the text.
     """
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     answers = decode(model, ids, batch_size, max_new_tokens, int(tokenizer.eos_token_id), progress)
@@ -67,7 +67,10 @@ def generate(
 
 
 class PeakMemory:
-    """Bytes at their highest since `reset`: allocated on the GPU, or resident in host memory without one."""
+    """Tells the peak of this process's memory since `reset`, in bytes.
+
+    The memory is what PyTorch has allocated on the GPU, or the resident host memory where there is no GPU.
+    """
 
     def __init__(self) -> None:
         self.reset()
@@ -76,7 +79,7 @@ class PeakMemory:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: sets VmHWM back to what is resident now
+            Path("/proc/self/clear_refs").write_text("5")  # Linux sets VmHWM back to the current VmRSS
 
     def peak(self) -> int:
         if torch.cuda.is_available():
@@ -90,7 +93,7 @@ class PeakMemory:
 
 
 def _status(field: str) -> int:
-    """A size out of /proc/self/status, in bytes."""
+    """Returns a size that stands in /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -98,7 +101,7 @@ def _status(field: str) -> int:
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:
-    """The action's result and its seconds, the GPU's included."""
+    """Runs `action`; returns its result and its seconds, including the work that it leaves to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -1,6 +1,7 @@
-"""Greedy decoding of many prompts at once: what they share is computed once, and a row that has ended costs no more.
+"""Decodes many prompts at once, greedily. Their common prefix is computed once, and a row that has ended costs nothing.
 
-Models whose padding would count (a state, a window shorter than the text) get one prompt at a time instead.
+In some models padding changes the result: models with a recurrent state, or with an attention window shorter than the
+text. Such a model gets one prompt at a time instead.
 """
 
 import os
@@ -16,11 +17,11 @@ from transformers import DynamicCache
 from data.layout import common_prefix
 from loop.model.attention import why_not_plain_attention
 
-MOST = 512  # prompts at once; more are no faster
-SHARE = 0.7  # of the free memory that a batch may take
-OVERHEAD = 2.0  # of a row's keys and values: each layer's are copied as they grow
+MOST = 512  # prompts in a batch; larger batches are not faster
+SHARE = 0.7  # the share of the free memory that a batch may take
+OVERHEAD = 2.0  # memory of keys and values counts twice, because a layer copies them when they grow
 
-Progress = Callable[[int], object]  # called with the number of prompts just answered
+OnAnswered = Callable[[int], object]  # a function that gets the number of prompts just answered
 
 
 @torch.inference_mode()
@@ -30,16 +31,17 @@ def decode(
     batch_size: int | None,
     max_new_tokens: int,
     end_token: int,
-    progress: Progress = lambda answered: None,
+    progress: OnAnswered = lambda answered: None,
 ) -> list[list[int]]:
-    """Token ids of the answer to each prompt, in their order; an answer ends with `end_token`, or is cut off.
+    """Returns the token ids of the answer to each prompt, in the order of the prompts.
 
-    `prompts` are token ids, none of them empty. Prompts of similar length are batched, the longest first; batch_size
-    None takes what fits into memory.
+    An answer ends with `end_token`, or is cut off after `max_new_tokens`. Each prompt is a list of token ids and not
+    empty. Prompts of similar length share a batch, and the longest prompts come first. When `batch_size` is None, a
+    batch takes as many prompts as fit into memory.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     longest = len(prompts[order[0]]) + max_new_tokens
-    if why_not_plain_attention(model, longest):  # padding between prefix and prompt would count
+    if why_not_plain_attention(model, longest):  # padding between prefix and prompt would change the result
         return [_decode_alone(model, prompt, max_new_tokens, end_token, progress) for prompt in prompts]
     shared = common_prefix(prompts) if len(prompts) > 1 else 0
     batch_size = batch_size or size_that_fits(model, longest)
@@ -53,11 +55,11 @@ def decode(
         batch = order[start : start + batch_size]
         found = None
         try:
-            found = _decode_batch(model, prefix, shared, [prompts[i] for i in batch], max_new_tokens, end_token)
+            found = decode_batch(model, prefix, shared, [prompts[i] for i in batch], max_new_tokens, end_token)
         except torch.cuda.OutOfMemoryError:
             if batch_size == 1:
                 raise
-        if found is None:  # here, where the exception no longer holds what did not fit
+        if found is None:  # outside of `except`, because the exception keeps the tensors of the batch alive
             batch_size = max(1, batch_size // 2)
             torch.cuda.empty_cache()
             continue
@@ -68,7 +70,9 @@ def decode(
     return answers
 
 
-def _decode_alone(model: Any, prompt: list[int], max_new_tokens: int, end_token: int, progress: Progress) -> list[int]:
+def _decode_alone(
+    model: Any, prompt: list[int], max_new_tokens: int, end_token: int, progress: OnAnswered
+) -> list[int]:
     ids = torch.tensor([prompt], device=model.device)
     settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     output = model.generate(
@@ -85,7 +89,7 @@ def _decode_alone(model: Any, prompt: list[int], max_new_tokens: int, end_token:
     return answer
 
 
-def _decode_batch(
+def decode_batch(
     model: Any,
     prefix: DynamicCache | None,
     shared: int,
@@ -93,7 +97,10 @@ def _decode_batch(
     max_new_tokens: int,
     end_token: int,
 ) -> list[list[int]]:
-    """Each row is the prefix, then padding, then the prompt's own tokens: their positions count no padding."""
+    """Returns the answers to one batch of prompts.
+
+    A row consists of the prefix, then padding, then the prompt's own tokens. Positions do not count the padding.
+    """
     device, b = model.device, len(prompts)
     width = max(map(len, prompts)) - shared
     ids = torch.full((b, width), end_token)
@@ -107,7 +114,7 @@ def _decode_batch(
     cache = deepcopy(prefix) if prefix is not None else DynamicCache(config=model.config)
     cache.batch_repeat_interleave(b)
     answers: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(b))  # those that have not ended
+    rows = list(range(b))  # the rows that have not ended
     for _ in range(max_new_tokens):
         output = model(
             input_ids=ids,
@@ -119,7 +126,7 @@ def _decode_batch(
         )
         tokens = output.logits[:, -1].argmax(-1)  # [rows that have not ended]
         going_on = []
-        for i, token in enumerate(tokens.tolist()):  # waits for the GPU
+        for i, token in enumerate(tokens.tolist()):  # tolist() waits for the GPU
             answers[rows[i]].append(token)
             if token != end_token:
                 going_on.append(i)
@@ -141,7 +148,7 @@ def _one_more(mask: Tensor) -> Tensor:
 
 
 def size_that_fits(model: Any, tokens: int) -> int:
-    """Rows of at most `tokens` tokens whose keys, values and logits fit into the free memory."""
+    """Returns how many rows of `tokens` tokens fit into the free memory with their keys, values and logits."""
     config = model.config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

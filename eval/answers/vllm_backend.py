@@ -1,4 +1,7 @@
-"""Answers by vLLM, where it is installed (the extra vllm): a server's engine, for GPUs. It keeps the adapter beside."""
+"""Generates answers with vLLM, the engine of a server with GPUs, where the extra `vllm` is installed.
+
+vLLM does not merge the adapter into the weights.
+"""
 
 import importlib
 import importlib.util
@@ -14,8 +17,8 @@ from data.rows import Row
 from eval.answers.generate import load_tokenizer, timed
 
 
-class Question(Protocol):
-    """What is needed of eval.run's."""
+class VllmQuestion(Protocol):
+    """Names the fields of eval.run's Question that vLLM needs."""
 
     @property
     def model(self) -> str: ...
@@ -34,7 +37,7 @@ class Question(Protocol):
 
 
 def check_vllm(verify: int, no_merge: bool) -> None:
-    """Raises UserError where vLLM is not there, or cannot do what is asked for."""
+    """Raises UserError when vLLM is not installed or cannot do what the options ask for."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
             "--backend vllm: vLLM is not installed. Run: pip install -e '.[vllm]', on a machine with a GPU."
@@ -47,8 +50,8 @@ def check_vllm(verify: int, no_merge: bool) -> None:
         raise UserError("--backend vllm goes neither with --verify nor with --no-merge: leave these out.")
 
 
-def ask_vllm(question: Question) -> tuple[list[str], int, float]:
-    """Greedy answers in the rows' order, tokens generated, seconds."""
+def ask_vllm(question: VllmQuestion) -> tuple[list[str], int, float]:
+    """Returns the greedy answers in the order of the rows, the number of generated tokens, and the seconds."""
     vllm: Any = importlib.import_module("vllm")
     tokenizer = load_tokenizer(question.model, question.trust_remote_code)
     engine = vllm.LLM(
@@ -73,6 +76,6 @@ def ask_vllm(question: Question) -> tuple[list[str], int, float]:
 
 
 def _rank(adapter: Path) -> int:
-    """The smallest rank vLLM makes room for (8, 16, 32 …) that the adapter's fits into."""
+    """Returns the smallest rank that vLLM has room for (8, 16, 32 …) and that the adapter's rank fits into."""
     rank = int(json.loads((adapter / "adapter_config.json").read_text())["r"])
     return max(8, 1 << (rank - 1).bit_length())

@@ -1,4 +1,4 @@
-"""The accelerate YAMLs of a comparison: read, named, and checked as far as that is possible without a launch."""
+"""Reads the accelerate YAMLs of a comparison, names them, and checks what can be checked without a launch."""
 
 import json
 from collections import Counter
@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from data.errors import UserError
+from eval.files import user_error
 from loop.recipe import find_path
 
 DEFAULT_CONFIGURATIONS = (
@@ -20,19 +21,21 @@ DEFAULT_CONFIGURATIONS = (
     "zero2",
     "zero3",
 )
-TAKEN = ("charts",)  # by the report
+TAKEN = ("charts",)  # the report has a folder of this name
 
 
 @dataclass(frozen=True)
 class Configuration:
+    """Holds one accelerate YAML under the name that the comparison gives to it."""
+
     name: str
-    file: str  # the accelerate YAML
-    values: dict[str, Any]  # what it says, the DeepSpeed JSON that it names included
+    file: str  # path of the accelerate YAML
+    values: dict[str, Any]  # the values of the YAML, and those of the DeepSpeed JSON that it names
     num_processes: int
 
 
 def read_configurations(files: list[str]) -> tuple[Configuration, ...]:
-    """Raises UserError for a file that cannot be read, or that is not of one machine."""
+    """Raises UserError for a file that cannot be read, or that asks for more than one machine."""
     used = Counter(TAKEN)
     configurations = []
     for file in files or [f"accel_configs/{name}.yaml" for name in DEFAULT_CONFIGURATIONS]:
@@ -47,17 +50,15 @@ def read_configurations(files: list[str]) -> tuple[Configuration, ...]:
 
 
 def _name(path: Path) -> str:
-    """zero3 of accel_configs/zero3.yaml, reference-stage0 of accel_configs/reference/stage0.yaml."""
+    """Names accel_configs/zero3.yaml zero3, and accel_configs/reference/stage0.yaml reference-stage0."""
     parent = path.resolve().parent
     return f"{parent.name}-{path.stem}" if parent.parent.name == "accel_configs" else path.stem
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     said = f"--accel {path}"
-    try:
+    with user_error(f"{said}: cannot be read", "Give a file that `accelerate config` writes."):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{said}: cannot be read: {error}. Give a file that `accelerate config` writes.") from error
     if not isinstance(values, dict):
         raise UserError(f"{said}: is no accelerate YAML. It needs keys with values, at least num_processes.")
     processes = values.get("num_processes")
@@ -68,13 +69,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     deepspeed = values.get("deepspeed_config")
     file = deepspeed.get("deepspeed_config_file") if isinstance(deepspeed, dict) else None
     if file is not None:
-        values["deepspeed_config_file"] = _read_json(find_path(str(file)), said)
-    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))  # as comparison.json gives it back
+        json_path = find_path(str(file))
+        with user_error(f"{said}: its deepspeed_config_file {json_path} cannot be read", "Correct it."):
+            values["deepspeed_config_file"] = json.loads(json_path.read_text(encoding="utf-8"))
+    plain: dict[str, Any] = json.loads(
+        json.dumps(values, default=str)
+    )  # the same types as json.loads makes of comparison.json
     return plain
-
-
-def _read_json(path: Path, said: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{said}: its deepspeed_config_file {path} cannot be read: {error}. Correct it.") from error

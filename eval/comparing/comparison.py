@@ -1,4 +1,4 @@
-"""What a comparison consists of: one recipe, the accelerate YAMLs, and the folder with what has been done of it."""
+"""Defines a comparison: one recipe, the accelerate YAMLs, and the folder with the runs that are done."""
 
 import fcntl
 import json
@@ -14,37 +14,43 @@ from typing import Any
 from data.batch import num_windows
 from data.errors import UserError
 from eval.comparing.accel_files import Configuration, read_configurations
+from eval.files import user_error
 from eval.peak import machine, matmul_peak
 from loop.batch_arithmetic import settle_accumulation
 from loop.model.build import build_data, build_tokenizer, check_model
 from loop.recipe import Recipe, parse_recipe, recipe_as_dict
 from loop.saving.run_folder import PACKAGES, write_json
 
-OURS = ("run_dir", "resume", "tracker")  # keys of the recipe that are no part of what is learned
+OURS = ("run_dir", "resume", "tracker")  # keys of the recipe that do not change what is learned
 
 
 @dataclass(frozen=True)
 class Comparison:
+    """Holds what one command compares, and where."""
+
     out: Path
     recipe_name: str
     recipe: Recipe
-    recipe_argv: tuple[str, ...]  # what loop/train.py is given
+    recipe_argv: tuple[str, ...]  # the options that loop/train.py gets
     config: str | None
     overrides: tuple[str, ...]
     interval: float  # seconds between two samples
-    timeout: float  # seconds a training, and seconds an evaluation
-    configurations: tuple[Configuration, ...]  # those of this command
-    known: dict[str, Any]  # comparison.json as it was found; empty for a new comparison
-    rows_per_step: int  # the effective batch, the same of all
+    timeout: float  # seconds that one training, or one evaluation, may take
+    configurations: tuple[Configuration, ...]  # the configurations that this command names
+    known: dict[str, Any]  # content of comparison.json before this command; empty for a new comparison
+    rows_per_step: int  # the effective batch, which is the same for all configurations
 
     def grad_accum_steps(self, configuration: Configuration) -> int:
         return self.rows_per_step // (self.recipe.micro_batch_size * configuration.num_processes)
 
 
-def plan(
+def plan_comparison(
     config: str | None, overrides: list[str], files: list[str], out: Path | None, interval: float, timeout: float
 ) -> Comparison:
-    """Everything that can be known before something runs. Raises UserError; writes nothing."""
+    """Returns the comparison, checked as far as that is possible before a run. Writes nothing.
+
+    Raises UserError for a recipe, YAMLs or a folder that cannot be used.
+    """
     if any(word.partition("=")[0] == "--config" for word in overrides):
         raise UserError("--config stands after --. Give it before, as an option of this command.")
     argv = [*(["--config", config] if config is not None else []), *overrides]
@@ -93,24 +99,24 @@ def _check_shares(recipe: Recipe, configuration: Configuration) -> None:
 
 
 def _read_known(out: Path) -> dict[str, Any]:
+    """Returns comparison.json of the folder `out`, or an empty dictionary for a new or empty folder."""
     file = out / "comparison.json"
     if not out.exists() or (out.is_dir() and not file.exists() and not _holds_something(out)):
         return {}
-    try:
+    with user_error(f"--out {out}: is no folder of a comparison", "Name another one."):
         known = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out {out}: is no folder of a comparison: {error}. Name another one.") from error
     if not isinstance(known, dict) or not isinstance(known.get("accel_values"), dict):
         raise UserError(f"--out {out}: its comparison.json is not one of this command. Name another folder.")
     return known
 
 
 def _holds_something(out: Path) -> bool:
+    """Says whether the folder has an entry whose name does not begin with a dot."""
     return any(not path.name.startswith(".") for path in out.iterdir())
 
 
 def learned(recipe: Recipe) -> dict[str, Any]:
-    """The part of the recipe that all configurations have in common."""
+    """Returns the part of the recipe that all configurations have in common."""
     return {key: value for key, value in recipe_as_dict(recipe).items() if key not in OURS}
 
 
@@ -129,7 +135,7 @@ def _check_same(comparison: Comparison) -> None:
 
 
 def check_machine(comparison: Comparison) -> dict[str, Any]:
-    """This machine; UserError when the runs that have ended were on another one."""
+    """Describes this machine. Raises UserError when the earlier runs of the comparison were on another machine."""
     here = machine()
     there = comparison.known.get("machine", here)
     keys = ("cpu", "cores", "gpus")
@@ -140,6 +146,7 @@ def check_machine(comparison: Comparison) -> dict[str, Any]:
 
 
 def _refuse_differences(comparison: Comparison, there: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError with the differences between `there`, the folder, and `now`, this command."""
     differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
     if differing:
         lines = "\n".join(f"  {key}: {there.get(key)} there, {now.get(key)} now" for key in differing)
@@ -147,6 +154,7 @@ def _refuse_differences(comparison: Comparison, there: dict[str, Any], now: dict
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns nested dictionaries as one dictionary with keys like `optim.lr`."""
     if not isinstance(values, dict):
         return {prefix: values}
     flat: dict[str, Any] = {}
@@ -156,7 +164,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_recipe(comparison: Comparison) -> int:
-    """Steps of each training. Raises UserError when data or model cannot be opened."""
+    """Returns the number of steps of each training. Raises UserError when data or model cannot be opened."""
     tokenizer = build_tokenizer(comparison.recipe)
     data = build_data(comparison.recipe, tokenizer)
     check_model(comparison.recipe, tokenizer)
@@ -165,7 +173,7 @@ def check_recipe(comparison: Comparison) -> int:
 
 @contextmanager
 def only_one(comparison: Comparison) -> Iterator[None]:
-    """Makes the folder and holds a lock in it; UserError when another command has it."""
+    """Makes the folder and holds a lock in it. Raises UserError when another command holds the lock."""
     try:
         comparison.out.mkdir(parents=True, exist_ok=True)
         lock = (comparison.out / ".lock").open("a")
@@ -182,15 +190,15 @@ def only_one(comparison: Comparison) -> Iterator[None]:
 
 
 def write_comparison(comparison: Comparison, this_machine: Mapping[str, Any]) -> None:
-    """comparison.json. Of one that goes on, the peak and the date stay; configurations are added."""
+    """Writes comparison.json. When a comparison goes on, its peak and date stay, and configurations are added."""
     known = comparison.known
     peak: dict[str, Any] = {key: known[key] for key in ("matmul_peak_flops", "matmul_peak_flops_fp32") if key in known}
     if not peak:
         print("measuring the peak of a matrix product …", flush=True)
-        measured = matmul_peak()
+        speeds = matmul_peak()
         peak = {
-            "matmul_peak_flops": {device: flops["bf16"] for device, flops in measured.items()},
-            "matmul_peak_flops_fp32": {device: flops["fp32"] for device, flops in measured.items()},
+            "matmul_peak_flops": {device: flops["bf16"] for device, flops in speeds.items()},
+            "matmul_peak_flops_fp32": {device: flops["fp32"] for device, flops in speeds.items()},
         }
     files = {configuration.name: configuration.file for configuration in comparison.configurations}
     values = {configuration.name: configuration.values for configuration in comparison.configurations}
@@ -215,7 +223,7 @@ def write_comparison(comparison: Comparison, this_machine: Mapping[str, Any]) ->
 
 
 def write_whole(path: Path, value: Mapping[str, Any]) -> None:
-    """A JSON file that is there whole or not at all."""
+    """Writes a JSON file in such a way that the file is complete or does not exist."""
     beside = path.with_name(f".{path.name}.new")
     try:
         write_json(beside, value)

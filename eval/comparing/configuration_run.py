@@ -1,4 +1,4 @@
-"""One configuration of a comparison: launched, sampled, evaluated, and what became of it in result.json."""
+"""Runs one configuration of a comparison: launches, samples and evaluates it, and writes its result.json."""
 
 import contextlib
 import json
@@ -10,11 +10,11 @@ from typing import Any
 
 import psutil
 
-from data.errors import UserError
 from eval.comparing.accel_files import Configuration
 from eval.comparing.comparison import Comparison, write_whole
 from eval.comparing.launch import end_processes, failure_reason, read_from, run_command
 from eval.comparing.progress import Progress
+from eval.files import user_error
 from eval.monitor import Monitor, Sampling
 from loop.recipe import ROOT
 
@@ -23,25 +23,28 @@ NOT_SAMPLED = Sampling(0, 0.0, 0.0)
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
-    """None as long as this configuration is not done. Raises UserError for what this command has not written."""
+    """Returns result.json, or None until this configuration is done. Raises UserError for a damaged file."""
     file = folder / "result.json"
-    try:
-        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    with user_error(f"{file}: cannot be read", "Remove it, and this configuration is run again."):
+        try:
+            result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
         float(result["wall_seconds"]), str(result["status"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}. Remove it, and this configuration is run again.") from error
     return result
 
 
 def is_done(folder: Path, retry: bool) -> bool:
+    """Says whether this configuration is left out now: it has finished, or it has failed and `retry` is false."""
     result = result_of(folder)
     return result is not None and (result["status"] == "finished" or not retry)
 
 
 def training_command(comparison: Comparison, configuration: Configuration, run: Path) -> list[str]:
-    """As a user would type it, but for a free port, and so that all learn from the same effective batch."""
+    """Returns the command that a user would type, with a free port.
+
+    The command sets grad_accum_steps so that all configurations learn from the same effective batch.
+    """
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", configuration.file, "--main_process_port", "0", str(TRAIN), *comparison.recipe_argv]
     accumulated = comparison.grad_accum_steps(configuration)
@@ -51,7 +54,7 @@ def training_command(comparison: Comparison, configuration: Configuration, run: 
 
 
 def train(comparison: Comparison, configuration: Configuration, progress: Progress) -> dict[str, Any]:
-    """Runs the training and returns what result.json says of it."""
+    """Runs the training and returns what result.json says about it."""
     folder = comparison.out / configuration.name
     log = folder / "log.txt"
     monitor: Monitor | None = None
@@ -85,17 +88,20 @@ def train(comparison: Comparison, configuration: Configuration, progress: Progre
 
 
 def outcome(code: int | None, log: Path, offset: int, timeout: float) -> tuple[str, str | None]:
-    """Status and reason of a command that has ended with `code` and said what is in `log` from `offset`."""
+    """Returns status and reason of a command that has ended with `code`; its output is in `log` from `offset` on."""
     if code is None:
         return "timed out", f"time-out after {timeout:g} s"
     return ("finished", None) if code == 0 else ("failed", failure_reason(read_from(log, offset), code))
 
 
 def evaluate(comparison: Comparison, configuration: Configuration, progress: Progress) -> tuple[str, str | None]:
-    """Status and reason. The first that gets here asks the base model too, which is the same for all."""
+    """Evaluates the training and returns status and reason.
+
+    The base model is the same for all configurations, so only the first evaluation of the comparison asks it.
+    """
     folder = comparison.out / configuration.name
     command = [sys.executable, "-m", "eval.run", "--run", str(folder / "run")]
-    (folder / "run" / "eval.json").unlink(missing_ok=True)  # of an evaluation that was killed
+    (folder / "run" / "eval.json").unlink(missing_ok=True)  # an evaluation that was killed may have left this file
     if any(base_was_asked(other) for other in comparison.out.glob("*/run/eval.json")):
         command.append("--adapter-only")
     log = folder / "log.txt"
@@ -107,6 +113,7 @@ def evaluate(comparison: Comparison, configuration: Configuration, progress: Pro
 
 
 def base_was_asked(file: Path) -> bool:
+    """Says whether this eval.json has the scores of the base model."""
     try:
         return "base" in json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
@@ -114,15 +121,18 @@ def base_was_asked(file: Path) -> bool:
 
 
 def run_one(comparison: Comparison, configuration: Configuration, progress: Progress) -> dict[str, Any]:
-    """Trains, unless that was done before an interruption, and evaluates. result.json is written last."""
+    """Trains and evaluates one configuration; result.json is written last.
+
+    A training that was done before an interruption is not repeated.
+    """
     folder = comparison.out / configuration.name
     trained, done = folder / "training.json", folder / "result.json"
-    end_processes(str(folder.resolve()))  # of a comparison that was killed a moment ago
+    end_processes(str(folder.resolve()))  # a comparison that was killed a moment ago may have left processes
     if trained.exists():
         done.unlink(missing_ok=True)
-        shutil.rmtree(folder / "swanlog", ignore_errors=True)  # says that it has failed
+        shutil.rmtree(folder / "swanlog", ignore_errors=True)  # SwanLab has recorded that this configuration failed
         result = json.loads(trained.read_text(encoding="utf-8"))
-    else:  # half a run is begun anew: its times would not be comparable
+    else:  # a half-done training starts again, because its times would not be comparable
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()

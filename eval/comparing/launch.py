@@ -1,4 +1,4 @@
-"""Runs a command as a user would, with a time limit, says why it failed, and leaves none of its processes behind."""
+"""Runs a command as a user would, with a time limit; says why it failed; leaves none of its processes behind."""
 
 import contextlib
 import os
@@ -12,34 +12,35 @@ from pathlib import Path
 
 import psutil
 
-LAUNCHERS = (
+LAUNCHER_VARIABLES = (
     "ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_"
 )  # fmt: skip
 MARK = "PLAINLOOP_STAGE"  # environment variable of all processes of a configuration: its folder
 GRACE = 10.0  # seconds from SIGTERM to SIGKILL
 GUARD = "import sys; from eval.comparing.launch import end_processes; sys.stdin.read(); end_processes(sys.argv[1])"
-LOG_TAIL = 2_000_000  # bytes, of which a reason is looked for
+LOG_TAIL = 2_000_000  # bytes at the end of a log that are searched for the reason of a failure
 OUT_OF_MEMORY = re.compile(
     r"CUDA out of memory|DefaultCPUAllocator: can't allocate|std::bad_alloc|Cannot allocate memory|^MemoryError"
 )
 SIGNAL_9 = re.compile(r"exitcode\s*: -9\b|Signals\.SIGKILL|\(SIGKILL\)")
-GONE = re.compile(r"^error: .*\bdied\b")  # what a rank says that outlived another
+GONE = re.compile(r"^error: .*\bdied\b")  # a rank says this when another rank has ended
 EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
-OF_LAUNCHERS = ("ChildFailedError", "CalledProcessError")  # of a rank that has failed for another reason
+OF_LAUNCHERS = ("ChildFailedError", "CalledProcessError")  # launchers say only that a rank has failed, not why
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours, without what a launcher would have set."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
+    """Returns the environment of this process without the variables that a launcher would have set."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_VARIABLES)}
 
 
 def run_command(
     command: Sequence[str], log: Path, mark: str, timeout: float, meanwhile: Callable[[int], None]
 ) -> int | None:
-    """Its exit code, or None when it took longer than `timeout` seconds. Appends what it says to `log`.
+    """Runs `command` and appends its output to `log`.
 
-    Calls `meanwhile` with its process id, at once and then about twice a second. However this ends, so do all of its
-    processes.
+    Returns the exit code of the command, or None when the command took longer than `timeout` seconds. Calls `meanwhile`
+    with the process id of the command, at once and then about twice a second. When this function returns or raises, all
+    processes of the command are ended.
     """
     deadline = time.monotonic() + timeout
     with guarded(mark), log.open("ab") as out:
@@ -49,23 +50,23 @@ def run_command(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            start_new_session=True,  # a Ctrl-C in the terminal is for us
+            start_new_session=True,  # a Ctrl-C in the terminal is for this process, not for the command
         )
         while time.monotonic() < deadline:
             meanwhile(process.pid)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(timeout=0.5)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process that hangs in the kernel does not end
         process.wait(timeout=GRACE)
     return None
 
 
 @contextmanager
 def guarded(mark: str) -> Iterator[None]:
-    """Ends all processes with this mark when the context is left, and also when this process is killed in it.
+    """Ends all processes with this mark when the context is left, and also when this process is killed inside it.
 
-    That is done by another process, which waits for the end of its standard input. Process groups would not do:
-    a launcher starts each rank in a session of its own.
+    Another process, the guard, does this: the guard waits for the end of its standard input. A process group would not
+    be enough, because a launcher starts each rank in a session of its own.
     """
     command = [sys.executable, "-c", GUARD, mark]
     guard = subprocess.Popen(command, env=clean_environment(), stdin=subprocess.PIPE, start_new_session=True)
@@ -78,13 +79,13 @@ def guarded(mark: str) -> Iterator[None]:
 
 
 def end_processes(mark: str) -> None:
-    """SIGTERM to all processes with this mark, SIGKILL to those that do not heed it."""
+    """Sends SIGTERM to all processes with this mark, and SIGKILL to the processes that do not end after it."""
     asked = _marked(mark)
     for process in asked:
         with contextlib.suppress(psutil.Error):
             process.terminate()
     psutil.wait_procs(asked, timeout=GRACE)
-    for _ in range(10):  # one may have started another in the meantime
+    for _ in range(10):  # a process may have started another one in the meantime
         left = _marked(mark)
         if not left:
             return
@@ -95,6 +96,7 @@ def end_processes(mark: str) -> None:
 
 
 def _marked(mark: str) -> list[psutil.Process]:
+    """Returns the processes that have this mark in their environment."""
     marked = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -104,7 +106,7 @@ def _marked(mark: str) -> list[psutil.Process]:
 
 
 def read_from(log: Path, offset: int) -> str:
-    """What was written after `offset` bytes, at most the last two megabytes of it."""
+    """Returns what a log has after its first `offset` bytes, but at most its last two megabytes."""
     with log.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(offset, size - LOG_TAIL))
@@ -112,7 +114,7 @@ def read_from(log: Path, offset: int) -> str:
 
 
 def failure_reason(said: str, code: int) -> str:
-    """One line: why a command failed that `said` this and ended with `code`."""
+    """Returns one line: the reason why a command failed that printed `said` and ended with `code`."""
     lines = said.splitlines()
     if full := next((line for line in lines if OUT_OF_MEMORY.search(line)), None):
         return f"out of memory: {_short(full)}"
@@ -127,5 +129,6 @@ def failure_reason(said: str, code: int) -> str:
 
 
 def _short(line: str) -> str:
+    """Returns at most 300 characters of `line`, with single spaces."""
     line = " ".join(line.split())
     return line if len(line) <= 300 else f"{line[:299]}…"

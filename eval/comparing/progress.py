@@ -1,4 +1,4 @@
-"""One line that says which run of a comparison is at which step, and how long the rest may take."""
+"""Prints a line that says which run of a comparison is at which step, and how long the rest may take."""
 
 import json
 import os
@@ -8,28 +8,29 @@ import sys
 import time
 from pathlib import Path
 
-EVERY = 10.0  # seconds between two lines where there is no terminal
-TAIL = 4096  # bytes at the end of metrics.jsonl, more than its last line
+EVERY = 10.0  # seconds between two lines when the output is not a terminal
+TAIL = 4096  # bytes to read at the end of metrics.jsonl; its last line is shorter
 
 
 class Progress:
-    """In a terminal the line is rewritten in place."""
+    """Prints the state of a comparison. In a terminal, each line replaces the line before."""
 
     def __init__(self, total_steps: int, seconds_of_runs: list[float]) -> None:
         self.total_steps = total_steps
-        self.seconds_of_runs = seconds_of_runs  # of those that have ended
+        self.seconds_of_runs = seconds_of_runs  # durations of the runs that have ended
         self.terminal = sys.stdout.isatty()
         self.shown = -EVERY
         self.begin("", 0)
 
     def begin(self, run: str, runs_after: int) -> None:
-        """`run` as it is to be called, for example "run 3 of 7: zero3"."""
+        """Begins a run, which the line calls `run`, for example "run 3 of 7: zero3". `runs_after` others follow."""
         self.run, self.runs_after = run, runs_after
         self.begun = time.monotonic()
-        self.first: tuple[int, float] | None = None  # the first step seen, and when
+        self.first: tuple[int, float] | None = None  # the first step that was seen, and the time
         self.last = (0, self.begun)
 
     def training(self, metrics: Path) -> None:
+        """Says how far the training is whose metrics.jsonl is `metrics`."""
         step, now = last_step(metrics), time.monotonic()
         if step > self.last[0]:
             self.first = self.first or (step, now)
@@ -38,17 +39,22 @@ class Progress:
         self._show(f"{at}, {self._left(now)}", now)
 
     def evaluating(self) -> None:
+        """Says that the run is being evaluated."""
         now = time.monotonic()
         whole = statistics.mean(self.seconds_of_runs) if self.seconds_of_runs else now - self.begun
         left = f", about {duration(self.runs_after * whole)} left after that" if self.runs_after else ""
         self._show(f"evaluating{left}", now)
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Prints a line that the next line does not replace."""
         print(f"\r\033[K{line}" if self.terminal else line, flush=True)
 
     def _left(self, now: float) -> str:
-        """This run from its step rate, the others as long as those that have ended, or else as this one."""
+        """Says how long this run and the runs after it may take.
+
+        The rest of this run follows from its step rate. The runs after it are taken to be as long as the runs that have
+        ended or, when none has ended, as this run.
+        """
         step, when = self.last
         first_step, first_when = self.first or self.last
         this = None
@@ -64,6 +70,7 @@ class Progress:
         return f"about {duration(max(this, 0.0) + self.runs_after * whole)} left"
 
     def _show(self, what: str, now: float) -> None:
+        """Prints the line that replaces the one before; without a terminal, only once in EVERY seconds."""
         if self.terminal:
             line = f"{self.run}, {what}"[: shutil.get_terminal_size().columns - 1]
             print(f"\r\033[K{line}", end="", flush=True)
@@ -73,13 +80,14 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
+    """Returns the duration in a unit that suits it, for example "5 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def last_step(metrics: Path) -> int:
-    """Of the whole lines of a metrics.jsonl; 0 before the first."""
+    """Returns the step of the last whole line of a metrics.jsonl, or 0 when there is no whole line."""
     try:
         with metrics.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))

@@ -1,6 +1,6 @@
 """Hands one configuration of a comparison to SwanLab: `python -m eval.comparing.swanlab_group FOLDER [RECIPE OPTIONS]`.
 
-All configurations of a comparison are runs of one group, with the hardware samples beside the metrics.
+SwanLab shows all configurations of a comparison as runs of one group, with the hardware samples beside the metrics.
 """
 
 import csv
@@ -13,18 +13,20 @@ from typing import Any
 import swanlab  # type: ignore[import-untyped]
 import yaml
 
+from eval.reporting.run_files import read_jsonl
 from loop.recipe import parse_recipe
 from loop.telling.tracking import tracker_config
 
 ENVIRONMENT = {
     "SWANLAB_PROBE_GIT": "false",  # a remote's URL may hold a password
-    "SWANLAB_PROBE_MONITOR": "false",  # it would sample this process
-    "SWANLAB_INTERACTIVE": "false",  # it would ask for a key and wait for an answer
-    "SWANLAB_MODE": "offline",  # online, its default, wants an account and a network
+    "SWANLAB_PROBE_MONITOR": "false",  # SwanLab would sample this process
+    "SWANLAB_INTERACTIVE": "false",  # SwanLab would ask for a key and wait for an answer
+    "SWANLAB_MODE": "offline",  # the default mode, online, needs an account and a network
 }
 
 
 def config_of(result: dict[str, Any], recipe_argv: list[str]) -> dict[str, Any]:
+    """Returns what SwanLab shows as the configuration of the run: recipe, accelerate YAML and result."""
     recipe = tracker_config(parse_recipe(recipe_argv)[1])
     accel = yaml.safe_load(Path(result["accel_config"]).read_text(encoding="utf-8"))
     recipe["grad_accum_steps"] = result["grad_accum_steps"]
@@ -32,14 +34,12 @@ def config_of(result: dict[str, Any], recipe_argv: list[str]) -> dict[str, Any]:
 
 
 def metrics(file: Path) -> list[dict[str, Any]]:
-    """The whole lines, without what was not finite. The last may be half a line, if the run was killed."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    logged = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{key: value for key, value in values.items() if value is not None} for values in logged]
+    """Returns the lines of a metrics.jsonl, without the values that were not finite."""
+    return [{key: value for key, value in values.items() if value is not None} for values in read_jsonl(file)]
 
 
 def samples(file: Path) -> list[dict[str, float]]:
-    """The measured cells of each row."""
+    """Returns the measured cells of each row of samples.csv."""
     if not file.exists():
         return []
     with file.open(newline="", encoding="utf-8") as rows:
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     )
     for values in metrics(folder / "run" / "metrics.jsonl"):
         run.log(values, step=values.pop("step"))
-    # SwanLab drops a repeated step of the same key only, so samples may count steps of their own.
+    # SwanLab drops a step only when the same key had it before, so the samples may count steps of their own.
     run.define_metric("hardware/*", x_axis="hardware/seconds")
     for number, row in enumerate(samples(folder / "samples.csv")):
         run.log(row, step=number)

@@ -1,4 +1,4 @@
-"""A process and all its descendants: what they hold and use, read from /proc."""
+"""Reads from /proc how much memory, CPU and disk a process and all its descendants use."""
 
 import contextlib
 import time
@@ -7,50 +7,53 @@ from pathlib import Path
 
 import psutil
 
-LOOK_EVERY = 2.0  # seconds between two looks for new processes, at least
-LOOK_SHARE = 0.002  # of a core, at most, spent on these looks: they walk through all processes of the machine
-LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
+LOOK_EVERY = 2.0  # least seconds between two looks for new processes
+LOOK_SHARE = 0.002  # largest share of a core for these looks, which walk through all processes of the machine
+LAUNCHER_PROGRAMS = ("accelerate", "torchrun", "torch.distributed")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Of one process. None: the system does not tell."""
+class ProcessReading:
+    """Holds the numbers of one process at one moment. A number is None where the system does not tell it."""
 
     cpu_seconds: float
-    rss: int  # bytes, resident
-    shared: int  # bytes of them that are of files or of shared memory
+    rss: int  # resident bytes
+    shared: int  # resident bytes that belong to files or to shared memory
     swap: int | None  # bytes
-    read: int | None  # bytes from disk, since it began
-    written: int | None
+    read: int | None  # bytes read from disk since the process began
+    written: int | None  # bytes written to disk since the process began
 
 
 class ProcessTree:
-    """Found anew every few seconds. A process that was seen once counts until it ends, also without its parent."""
+    """Samples a process and its descendants, for which it looks again every few seconds.
+
+    A process that was found once counts until it ends, even when its parent has ended before.
+    """
 
     def __init__(self, pid: int) -> None:
-        """Raises psutil.NoSuchProcess."""
+        """Raises psutil.NoSuchProcess when there is no process `pid`."""
         self.root = psutil.Process(pid)
         self.processes: set[psutil.Process] = {self.root}
         self.ranks: dict[int, psutil.Process] = {}
-        self.last: dict[psutil.Process, Reading] = {}
+        self.last: dict[psutil.Process, ProcessReading] = {}
         self.last_when = time.monotonic()
         self.next_look = 0.0
-        self.sample(0)  # what has been used so far is no part of the first sample
+        self.sample(0)  # the use before this moment is no part of the first sample
 
     def sample(self, num_ranks: int) -> dict[str, float | None]:
-        """Cells of the tree and of `num_ranks` ranks; CPU and disk since the sample before.
+        """Returns the cells of the tree and of `num_ranks` ranks. CPU and disk count since the sample before.
 
-        A process counts there from the second time that it is seen, so that neither what it used before nor what it
-        takes away with its end shows as a jump.
+        CPU and disk of a process count only when both this sample and the one before have the process. Otherwise its
+        use before the first sample, or its disappearance at its end, would look like a jump.
         """
         if time.monotonic() >= self.next_look:
             self._look()
         now = time.monotonic()
-        readings: dict[psutil.Process, Reading] = {}
+        readings: dict[psutil.Process, ProcessReading] = {}
         for process in self.processes:
             try:
                 readings[process] = read_process(process)
-            except psutil.Error:  # it has ended
+            except psutil.Error:  # this process has ended
                 continue
         seconds = max(now - self.last_when, 1e-3)
         pairs = {
@@ -76,26 +79,32 @@ class ProcessTree:
         return cells
 
     def _look(self) -> None:
+        """Looks for new processes of the tree, and for the ranks among them."""
         began = time.thread_time()
         known = {process for process in self.processes if process.is_running()}
-        with contextlib.suppress(psutil.Error):  # the root has ended; others may go on
+        with contextlib.suppress(psutil.Error):  # the root has ended, but its descendants may go on
             known |= {self.root, *self.root.children(recursive=True)}
         self.processes = known
         self.ranks = find_ranks(self.root, known)
         self.next_look = time.monotonic() + max(LOOK_EVERY, (time.thread_time() - began) / LOOK_SHARE)
 
 
-def read_process(process: psutil.Process) -> Reading:
-    """Raises psutil.Error when it has ended. What would walk through its memory maps is not asked for."""
+def read_process(process: psutil.Process) -> ProcessReading:
+    """Reads the numbers of one process. Raises psutil.Error when the process has ended.
+
+    Numbers for which the kernel would walk through the memory maps of the process are left out, as too expensive.
+    """
     cpu, memory = process.cpu_times(), process.memory_info()
-    if not memory.vms:  # ended, and its parent has not taken notice yet
+    if not memory.vms:  # the process has ended, but its parent has not waited for it yet
         raise psutil.NoSuchProcess(process.pid)
     read: int | None = None
     written: int | None = None
-    with contextlib.suppress(psutil.AccessDenied, AttributeError):  # another user's process; a kernel without it
+    with contextlib.suppress(
+        psutil.AccessDenied, AttributeError
+    ):  # the process is another user's, or the kernel has no such counters
         io = process.io_counters()
         read, written = io.read_bytes, io.write_bytes
-    return Reading(cpu.user + cpu.system, memory.rss, memory.shared, _swapped(process.pid), read, written)
+    return ProcessReading(cpu.user + cpu.system, memory.rss, memory.shared, _swapped(process.pid), read, written)
 
 
 def _less(after: int | None, before: int | None) -> int | None:
@@ -103,7 +112,7 @@ def _less(after: int | None, before: int | None) -> int | None:
 
 
 def _sum(values: list[int | None]) -> int | None:
-    """None as soon as one is: a part would pass for the whole."""
+    """Returns the sum, or None when one of the values is None: a sum of the others would pass for the whole."""
     return None if None in values else sum(value for value in values if value is not None)
 
 
@@ -117,10 +126,10 @@ def _swapped(pid: int) -> int | None:
 
 
 def find_ranks(root: psutil.Process, processes: set[psutil.Process]) -> dict[int, psutil.Process]:
-    """The training processes by their rank: what launchers put into their environment tells.
+    """Returns the training processes by their rank, which stands in the environment that the launcher gave them.
 
-    The helpers of a rank have its environment too, but a parent with the same rank. Where no launcher was at work,
-    the root itself is rank 0.
+    The helper processes of a rank have the same environment. They are told from the rank by their parent, which has
+    the same rank as they have. Where no launcher was used, the root itself is rank 0.
     """
     told = {process.pid: _told_rank(process) for process in processes}
     ranks: dict[int, psutil.Process] = {}
@@ -137,6 +146,7 @@ def find_ranks(root: psutil.Process, processes: set[psutil.Process]) -> dict[int
 
 
 def _told_rank(process: psutil.Process) -> int | None:
+    """Returns the rank that stands in the environment of a process, or None where there is no rank."""
     try:
         environment = process.environ()
     except (psutil.Error, OSError):
@@ -151,4 +161,6 @@ def _is_launcher(process: psutil.Process) -> bool:
         words = process.cmdline()[:3]
     except psutil.Error:
         return True
-    return not words or any(name in word for word in words for name in LAUNCHERS)  # none: about to begin
+    return not words or any(
+        name in word for word in words for name in LAUNCHER_PROGRAMS
+    )  # a process without words is about to begin

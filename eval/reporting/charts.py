@@ -1,6 +1,6 @@
-"""Lines over time or steps, as SVG that is legible on a light and on a dark page and needs nothing else.
+"""Draws lines over time or steps as SVG that is legible on light and dark pages and needs no other file.
 
-Text stays text. Axes and text take the colour of `currentColor`, which a style inside the SVG chooses.
+Text in the SVG stays text. Axes and text have the colour `currentColor`, which a style inside the SVG sets.
 """
 
 import csv
@@ -14,21 +14,22 @@ from xml.sax.saxutils import escape
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from eval.reporting.run_summary import PHASES, Run, measured
 
-# Okabe and Ito's blue, vermilion, green and purple, and in the place of their other four, which a white or a black page
-# swallows, three that reach a contrast of 3:1 on both and stay apart for protanopes and deuteranopes.
+# The first four are the blue, vermilion, green and purple of Okabe and Ito. Their other four colours are hard to see on
+# a white or a black page. The last three here have a contrast of 3:1 on both, and protanopes and deuteranopes can tell
+# all seven apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#3091F2", "#805C26", "#666666")
 DASHES = ((), (5, 1.5), (1.2, 1.2), (7, 1.5, 1.2, 1.5), (3, 3), (9, 2, 3, 2), (4, 1, 1, 1, 1, 1))  # in line widths
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-INK = "#010203"  # of axes and text while matplotlib draws; then currentColor
+INK = "#010203"  # matplotlib draws axes and text in this colour, which is then replaced by currentColor
 LIGHT, DARK = "#1f2328", "#e6edf3"  # text on a light and on a dark page
-LONGEST = 40  # letters of a name
-PARTS = 100  # of the x axis
+LONGEST = 40  # most letters of a name in a legend
+X_PARTS = 100  # a line with more points is drawn as means over so many parts of the x axis
 SETTINGS: dict[Any, Any] = {
     **{"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10.0, "text.parse_math": False},
     **{key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
@@ -39,15 +40,15 @@ SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A run without data keeps its place in `series`, and so its style."""
+    """Holds what one chart shows. A run without data keeps its place in `series`, so that it keeps its style."""
 
-    name: str  # of its files, and before its ids
+    name: str  # name of its files, and prefix of the ids in its SVG
     title: str
     x_label: str
     y_label: str  # with the unit
     series: Mapping[str, tuple[Sequence[float], Sequence[float | None]]]
-    missing: str = ""  # why, where no run has data
-    ticks: Sequence[str] = field(default=())  # in the place of the numbers 0, 1, … on the x axis
+    missing: str = ""  # the reason, when no run has data
+    ticks: Sequence[str] = field(default=())  # texts that stand on the x axis instead of the numbers 0, 1, …
     from_zero: bool = True
 
     @property
@@ -56,7 +57,7 @@ class Chart:
 
 
 def sample_chart(name: str, title: str, y_label: str, column: str, runs: Sequence[Run]) -> Chart:
-    """Of a column of samples.csv over time. Memory gets its unit here."""
+    """Makes a chart of one column of samples.csv over time. A column of bytes is shown in MB or GB."""
     seconds = {run.name: measured(run.samples.get("seconds", [])) for run in runs}
     columns = {run.name: run.samples.get(column) or [None] * len(seconds[run.name]) for run in runs}
     unit, divisor = memory_unit(columns.values()) if column.endswith("_bytes") else ("", 1.0)
@@ -66,7 +67,7 @@ def sample_chart(name: str, title: str, y_label: str, column: str, runs: Sequenc
 
 
 def metric_chart(key: str, title: str, y_label: str, runs: Sequence[Run], from_zero: bool = True) -> Chart:
-    """Of a key of metrics.jsonl over the steps."""
+    """Makes a chart of one key of metrics.jsonl over the steps."""
     lines = {run.name: [line for line in run.metrics if key in line] for run in runs}
     series = {
         name: (measured(line["step"] for line in there), [line[key] for line in there]) for name, there in lines.items()
@@ -81,9 +82,9 @@ def loss_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def phase_chart(runs: Sequence[Run]) -> Chart:
-    """Peak memory of each phase."""
-    figures = {run.name: run.figures.get("phase_peak_bytes") for run in runs}
-    peaks = {name: figure if isinstance(figure, dict) else {} for name, figure in figures.items()}
+    """Makes a chart of the peak memory in each phase."""
+    found = {run.name: run.figures.get("phase_peak_bytes") for run in runs}
+    peaks = {name: figure if isinstance(figure, dict) else {} for name, figure in found.items()}
     phases = [phase for phase in PHASES if any(phase in peak for peak in peaks.values())]
     columns = {name: [peak.get(phase) for phase in phases] for name, peak in peaks.items()}
     unit, divisor = memory_unit(columns.values())
@@ -94,6 +95,7 @@ def phase_chart(runs: Sequence[Run]) -> Chart:
 
 
 def memory_unit(columns: Iterable[Sequence[float | None]]) -> tuple[str, float]:
+    """Returns the unit that suits the largest value, and the number of bytes in it."""
     most = max((value for column in columns for value in measured(column)), default=0.0)
     return ("GB", 1e9) if most >= 1e10 else ("MB", 1e6)
 
@@ -103,7 +105,7 @@ def divided(values: Sequence[float | None], divisor: float) -> list[float | None
 
 
 def to_csv(chart: Chart) -> str:
-    """All points, one a row."""
+    """Returns all points as CSV, each on a row of its own."""
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow(["run", chart.x_label, chart.y_label])
@@ -114,13 +116,15 @@ def to_csv(chart: Chart) -> str:
 
 
 def to_svg(chart: Chart) -> str:
-    """An `svg` element; every id in it begins with the chart's name."""
+    """Returns an `svg` element; every id in it begins with the name of the chart."""
     with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()  # whatever the user's own matplotlibrc says
+        matplotlib.rcdefaults()  # the user's own matplotlibrc does not count
         matplotlib.rcParams.update({**SETTINGS, "svg.hashsalt": chart.name})
-        warnings.simplefilter("ignore")  # of letters that matplotlib's own font lacks; the viewer's has them
-        figure = Figure(figsize=(8.8, 3.9), layout="constrained")
-        axes = figure.add_subplot()
+        warnings.simplefilter(
+            "ignore"
+        )  # matplotlib warns of letters that its own font lacks; the font of the viewer has them
+        canvas = Canvas(figsize=(8.8, 3.9), layout="constrained")
+        axes = canvas.add_subplot()
         handles = []
         for number, (name, (x, y)) in enumerate(zip(chart.series, _drawn_points(chart), strict=True)):
             if np.isnan(y).all():
@@ -135,16 +139,19 @@ def to_svg(chart: Chart) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if chart.ticks:
             axes.set_xticks(range(len(chart.ticks)), chart.ticks)
-        figure.legend(handles=handles, loc="outside right upper", frameon=False, handlelength=4.5)
+        canvas.legend(handles=handles, loc="outside right upper", frameon=False, handlelength=4.5)
         file = io.StringIO()
-        figure.savefig(
+        canvas.savefig(
             file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
     return _adapt(file.getvalue(), chart)
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Of the first seven each part differs, of the first 49 the combination of colour and dashes."""
+    """Returns the style of line `number`.
+
+    The first seven lines differ in colour, dashes and marker; the first 49 in the combination of colour and dashes.
+    """
     place, turn = number % 7, number // 7
     dashes = (place + turn) % 7
     linestyle = (0, DASHES[dashes]) if DASHES[dashes] else "-"
@@ -152,11 +159,11 @@ def line_style(number: int) -> dict[str, Any]:
 
 
 def _drawn_points(chart: Chart) -> Iterator[tuple[Any, Any]]:
-    """Of each series: as they are or, where there are more than can be told apart, means over parts of the x axis."""
+    """Yields the points to draw for each series: the points themselves or, if there are too many, means of them."""
     points = [(np.array(x, dtype=float), np.array(y, dtype=float)) for x, y in chart.series.values()]
-    part = max(x.max(initial=0.0) for x, _ in points) / PARTS
+    part = max(x.max(initial=0.0) for x, _ in points) / X_PARTS
     for x, y in points:
-        if len(x) <= PARTS or part <= 0:
+        if len(x) <= X_PARTS or part <= 0:
             yield x, y
         else:
             places = x // part
@@ -165,12 +172,13 @@ def _drawn_points(chart: Chart) -> Iterator[tuple[Any, Any]]:
 
 
 def _label(name: str) -> str:
+    """Returns the name of a run for the legend: printable, and its end when it is long."""
     name = "".join(letter if letter.isprintable() else "?" for letter in name)
     return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
 
 
 def _adapt(svg: str, chart: Chart) -> str:
-    """What matplotlib wrote, with ids and style of its own, so that several share a page."""
+    """Gives the SVG of matplotlib ids and a style of its own, so that several charts can share a page."""
     name = chart.name
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{name}-", svg).replace(INK, "currentColor")

@@ -1,4 +1,4 @@
-"""What follows from the figures: sentences, and the reference's own conclusions with a verdict on each."""
+"""Draws conclusions from the figures: findings in sentences, and a verdict on each conclusion of the reference."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,15 +9,17 @@ from eval.reporting.run_summary import BUSY, Run
 
 NOT_MEASURED = "not measured here"
 CONFIRMED, CONTRADICTED, NOT_TESTABLE = "confirmed", "contradicted", "not testable on this machine"
-ENOUGH_STEPS = 8  # steady ones, below which their spread is not known
-SAME = 0.02  # what single measurements vary by, as a share of them
+ENOUGH_STEPS = 8  # number of steady steps; with fewer, their spread is not known
+SAME = 0.02  # single measurements vary by this share of their value
 
 
 @dataclass(frozen=True)
 class Quantity:
+    """Holds a number with its name; `value` is None when the number was not measured."""
+
     label: str
     value: float | None
-    uncertainty: float = 0.0  # of `value`, both ways
+    uncertainty: float = 0.0  # the true value lies within value - uncertainty and value + uncertainty
 
     def __str__(self) -> str:
         if self.value is None:
@@ -28,13 +30,15 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Claim:
+    """Holds a conclusion of the reference, and the rule by which our figures confirm or contradict it."""
+
     text: str
-    published: str
-    what: str  # that the quantities are
+    published: str  # the numbers that the reference gives for it
+    what: str  # says what the quantities are
     low: float
     high: float
     quantities: Callable[[Sequence[Run]], list[Quantity]]
-    needs_gpu: str = ""  # why, if it does
+    needs_gpu: str = ""  # the reason why this claim can only be tested with a GPU; empty when it can be tested without
 
     def rule(self) -> str:
         ends = f"at least {self.low:g}" if self.high == math.inf else f"{self.low:.4g} to {self.high:.4g}"
@@ -42,17 +46,22 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class JudgedClaim:
+    """Holds the verdict on a claim, and our quantities from which it follows."""
+
     ours: list[Quantity]
     verdict: str
-    reason: str = ""  # why it is not testable
+    reason: str = ""  # the reason why the claim is not testable
 
     def __str__(self) -> str:
         return f"{self.verdict}: {self.reason}" if self.reason else self.verdict
 
 
 def ratio(figure: str, run: Run, to: Run) -> Quantity:
-    """With an uncertainty from the spread of the steps, or of what single measurements vary by."""
+    """Returns a figure of `run` divided by the same figure of `to`, with its uncertainty.
+
+    The uncertainty of a step time comes from the spread of the steps; that of another figure is SAME.
+    """
     label = " / ".join(each.name.removeprefix("reference-") for each in (run, to))
     value, base, spread = run.figure(figure), to.figure(figure), SAME
     if value is None or not base:
@@ -65,6 +74,8 @@ def ratio(figure: str, run: Run, to: Run) -> Quantity:
 
 
 def ratios(figure: str, *pairs: tuple[str, str]) -> Callable[[Sequence[Run]], list[Quantity]]:
+    """Returns a function that computes, from runs, the ratio of a figure for each pair of configurations."""
+
     def of(runs: Sequence[Run]) -> list[Quantity]:
         named = {run.name: run for run in runs}
         absent = sorted({name for pair in pairs for name in pair if name not in named})
@@ -76,7 +87,10 @@ def ratios(figure: str, *pairs: tuple[str, str]) -> Callable[[Sequence[Run]], li
 
 
 def gains(runs: Sequence[Run]) -> list[Quantity]:
-    """Of accuracy; the base model is asked by one of the configurations for all."""
+    """Returns the gain in accuracy of each run.
+
+    One configuration has asked the base model, and its score counts for all of them.
+    """
     bases = [base for run in runs if (base := run.figure("base_accuracy")) is not None]
     tuned = [(run.name, value) for run in runs if (value := run.figure("tuned_accuracy")) is not None]
     if not bases or not tuned:
@@ -120,22 +134,23 @@ CLAIMS = (
 # fmt: on
 
 
-def judge(claim: Claim, runs: Sequence[Run]) -> Verdict:
+def judge(claim: Claim, runs: Sequence[Run]) -> JudgedClaim:
+    """Judges a claim by RULES."""
     ours = claim.quantities(runs)
     if claim.needs_gpu and not any(run.usage.get("device_type") == "cuda" for run in runs):
-        return Verdict(ours, NOT_TESTABLE, claim.needs_gpu)
+        return JudgedClaim(ours, NOT_TESTABLE, claim.needs_gpu)
     known = [(each.value - each.uncertainty, each.value + each.uncertainty) for each in ours if each.value is not None]
     if any(high < claim.low or low > claim.high for low, high in known):
-        return Verdict(ours, CONTRADICTED)
+        return JudgedClaim(ours, CONTRADICTED)
     if len(known) < len(ours):
-        return Verdict(ours, NOT_TESTABLE, "a figure is missing")
+        return JudgedClaim(ours, NOT_TESTABLE, "a figure is missing")
     if all(claim.low <= low and high <= claim.high for low, high in known):
-        return Verdict(ours, CONFIRMED)
-    return Verdict(ours, NOT_TESTABLE, "the uncertainty is too large")
+        return JudgedClaim(ours, CONFIRMED)
+    return JudgedClaim(ours, NOT_TESTABLE, "the uncertainty is too large")
 
 
 def conclusions(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """The reference's, each beside our numbers and the verdict."""
+    """Returns the conclusions of the reference, each with our numbers and the verdict."""
     judged = [(claim, judge(claim, runs)) for claim in CLAIMS]
     return [
         {
@@ -150,7 +165,7 @@ def conclusions(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 def memory_kinds(runs: Sequence[Run]) -> dict[str, str]:
-    """What each figure of memory is called."""
+    """Returns, for each figure of memory, what a sentence calls it."""
     kinds = sorted({run.memory_of for run in runs if run.usage}) or ["memory"]
     return {
         "peak_bytes": f"{' or '.join(kinds)}, peak of a rank",
@@ -160,7 +175,7 @@ def memory_kinds(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def sentences(runs: Sequence[Run]) -> list[str]:
-    """Which configuration is fastest, which needs least memory of each kind, what offload costs, what failed."""
+    """Says which configuration is fastest, which needs least memory of each kind, what offload costs, what failed."""
     return [
         fastest(runs),
         *(least(runs, figure, called) for figure, called in memory_kinds(runs).items()),
@@ -174,6 +189,7 @@ def sentences(runs: Sequence[Run]) -> list[str]:
 
 
 def fastest(runs: Sequence[Run]) -> str:
+    """Says which run has the shortest steps, and which others may be as fast."""
     timed = sorted((seconds, run.name, run) for run in runs if (seconds := run.figure("step_seconds")))
     if not timed:
         return f"Fastest: {NOT_MEASURED}."
@@ -186,6 +202,7 @@ def fastest(runs: Sequence[Run]) -> str:
 
 
 def least(runs: Sequence[Run], figure: str, called: str) -> str:
+    """Says which run needs least of a kind of memory that is `called` so."""
     needed = {run.name: value for run in runs if (value := run.figure(figure)) is not None}
     if not needed:
         return f"Least {called}: {NOT_MEASURED}."
@@ -196,7 +213,7 @@ def least(runs: Sequence[Run], figure: str, called: str) -> str:
 
 
 def offload_costs(runs: Sequence[Run]) -> list[str]:
-    """Each configuration that offloads against the first of the same stage that does not."""
+    """Compares each configuration that offloads with the first one of the same stage that does not."""
     without = {run.stage: run for run in reversed(runs) if not run.offloaded}
     texts = []
     for run in runs:
@@ -214,5 +231,6 @@ def offload_costs(runs: Sequence[Run]) -> list[str]:
 
 
 def difference(run: Run, base: Run, figure: str) -> str:
+    """Says how many MB more than `base` the run needs."""
     value, other = run.figure(figure), base.figure(figure)
     return NOT_MEASURED if value is None or other is None else f"{(value - other) / 1e6:+,.1f} MB"

@@ -1,4 +1,4 @@
-"""What stands on a page: tables, charts and sentences, of a comparison or of runs on their own."""
+"""Composes pages of tables, charts and sentences, about a comparison or about runs that belong to none."""
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from eval.reporting.charts import Chart, loss_charts, metric_chart, phase_chart,
 from eval.reporting.conclusions import NOT_MEASURED, RULES, conclusions, sentences
 from eval.reporting.run_summary import Run, sample_figures
 
-ABSENT = "–"  # there is no such thing, so nothing was to be measured
-SHOWN = 200  # failed answers of a model on a page
-# Title with unit, figure, what it is divided by, decimals.
+ABSENT = "–"  # stands where there was nothing to measure
+MOST_FAILED_ANSWERS = 200  # number of failed answers of one model that a page shows
+# Each row has a title with the unit, the name of the figure, the divisor of its values, and the number of decimals.
 ROWS = (
     ("wall time, s", "wall_seconds", 1, 1),
     ("steady step time, s: median", "step_seconds", 1, 4),
@@ -58,11 +58,13 @@ AVERAGED = "A line of more than 100 points is drawn as means over hundredths of 
 
 @dataclass(frozen=True)
 class Table:
+    """Holds a table of texts."""
+
     caption: str
     head: list[str]
     rows: list[list[str]]
-    folded: bool = False  # until it is asked for
-    words: bool = False  # set to the left, in columns that wrap
+    folded: bool = False  # the page shows only the caption until the reader unfolds the table
+    words: bool = False  # the cells hold words, so the page aligns them to the left and wraps them
 
 
 Block = str | Table | Chart
@@ -70,21 +72,24 @@ Block = str | Table | Chart
 
 @dataclass(frozen=True)
 class Page:
+    """Holds a page; its sections have titles and blocks. A section without blocks is not shown."""
+
     title: str
     about: str
     sections: dict[str, Sequence[Block]]
 
 
 def cell(value: float | None, divisor: float = 1, decimals: int = 1) -> str:
+    """Returns a number as it stands in a table."""
     if value is None:
         return NOT_MEASURED
     value /= divisor
     text = f"{value:,.{min(decimals, 1) if abs(value) >= 1000 else decimals}f}"
-    return text if value == 0 or text.strip("-0.") else f"{value:.1e}"  # what is not 0 does not read as 0
+    return text if value == 0 or text.strip("-0.") else f"{value:.1e}"  # a small number must not read as 0
 
 
 def figure_rows(runs: Sequence[Run], leave_out: Container[str] = ()) -> list[list[str]]:
-    """A line for each figure, or for each of its parts."""
+    """Returns a row for each figure, or for each part of a figure that has parts."""
     rows = [
         ["state", *map(state, runs)],
         ["peak memory of a rank is its", *(run.memory_of or NOT_MEASURED for run in runs)],
@@ -104,17 +109,19 @@ def figure_rows(runs: Sequence[Run], leave_out: Container[str] = ()) -> list[lis
 
 
 def state(run: Run) -> str:
+    """Says whether a run has finished, and why not."""
     said = [str(run.result[key]) for key in ("status", "reason") if run.result.get(key)]
     return ": ".join(said) or ("finished" if run.usage else "not known to have ended")
 
 
 def effective_batch(run: Run) -> str:
+    """Returns the three factors of the effective batch, for example "2 x 16 x 1"."""
     keys = ("num_processes", "micro_batch_size", "grad_accum_steps")
     return " x ".join(str(run.result[key]) for key in keys if key in run.result) or ABSENT
 
 
 def published_table(runs: Sequence[Run]) -> Table:
-    """The reference's four first, then ours that it does not have."""
+    """Returns the table of the reference beside ours. Its four configurations come first, then our other ones."""
     named = {run.name: run for run in runs}
     of_stage1 = named[STAGE1].figure("wall_seconds") if STAGE1 in named else None
     rows = []
@@ -141,7 +148,7 @@ def published_table(runs: Sequence[Run]) -> Table:
 
 
 def answers_table(runs: Sequence[Run]) -> Table:
-    """Before and after: the reference's, and ours."""
+    """Returns the table of scores before and after training, of the reference and of our runs."""
     columns = {f"published, {label}": score for label, score in PUBLISHED_ANSWERS.items()}
     columns |= {f"{run.name}, {label}": score for run in runs for label, score in run.scores.items()}
     rows = [
@@ -152,7 +159,7 @@ def answers_table(runs: Sequence[Run]) -> Table:
 
 
 def settings(values: Any, prefix: str = "") -> dict[str, str]:
-    """Of a recipe and the like, flat."""
+    """Returns nested settings, a recipe for example, as one dictionary of texts with keys like `optim.lr`."""
     if isinstance(values, list) and any(isinstance(value, dict) for value in values):
         values = dict(enumerate(values))
     if not isinstance(values, dict):
@@ -167,6 +174,7 @@ def settings(values: Any, prefix: str = "") -> dict[str, str]:
 
 
 def settings_table(caption: str, columns: Mapping[str, Any], folded: bool = False) -> Table:
+    """Returns a table with a column for each value of `columns`, and a row for each setting in them."""
     flat = {name: settings(values) for name, values in columns.items() if values}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     rows = [[key, *(values.get(key, ABSENT) for values in flat.values())] for key in keys]
@@ -178,6 +186,7 @@ def conclusions_table(judged: Sequence[Mapping[str, str]]) -> Table:
 
 
 def comparison_page(comparison: Mapping[str, Any], runs: Sequence[Run]) -> Page:
+    """Composes the page of a comparison; `comparison` is the content of comparison.json."""
     recipe = " ".join(map(str, [comparison["recipe"], *comparison["overrides"]]))
     names = [run.name for run in runs]
     batch = ["processes x rows x accumulated", *map(effective_batch, runs)]
@@ -213,6 +222,7 @@ def comparison_page(comparison: Mapping[str, Any], runs: Sequence[Run]) -> Page:
 
 
 def run_page(runs: Sequence[Run]) -> Page:
+    """Composes the page of one or more runs that belong to no comparison."""
     names = [run.name for run in runs]
     unfinished = [
         f"{run.name} has no usage.json: it has not come to its end, or is older than such files."
@@ -249,6 +259,7 @@ def run_page(runs: Sequence[Run]) -> Page:
 
 
 def failed_answers(run: Run) -> list[Block]:
+    """Returns the answers that failed: a table for each model that the evaluation asked."""
     if not run.answers:
         return [f"{run.name}: {NOT_MEASURED}. python -m eval.run --run {run.name} asks base and tuned model."]
     blocks: list[Block] = []
@@ -256,8 +267,11 @@ def failed_answers(run: Run) -> list[Block]:
         asked = [answer for answer in run.answers if answer.get("model") == model]
         failed = [answer for answer in asked if not answer.get("right")]
         caption = f"{run.name}, {model}: {len(failed)} of {len(asked)} answers failed"
-        caption += f", the first {SHOWN} of which are these" if len(failed) > SHOWN else ""
-        rows = [[str(answer.get(key)) for key in ("instruction", "answer", "reason")] for answer in failed[:SHOWN]]
+        caption += f", the first {MOST_FAILED_ANSWERS} of which are these" if len(failed) > MOST_FAILED_ANSWERS else ""
+        rows = [
+            [str(answer.get(key)) for key in ("instruction", "answer", "reason")]
+            for answer in failed[:MOST_FAILED_ANSWERS]
+        ]
         blocks.append(
             Table(caption, ["asked", "answer", "what is wrong"], rows, folded=True) if rows else f"{caption}."
         )

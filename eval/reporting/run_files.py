@@ -1,6 +1,6 @@
-"""The files of runs, checked: what is missing is empty, and damage is a UserError that names the file.
+"""Reads the files of runs and checks them. A missing file reads as empty; a damaged one is a UserError that names it.
 
-Half a last line in a file of lines is what a kill leaves behind, and is left out.
+When a run is killed, the last line of a file can be half written. Such a half line is left out.
 """
 
 import contextlib
@@ -14,35 +14,30 @@ from typing import Any
 
 import yaml
 
-from data.errors import UserError
-
-BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error)
+from eval.files import DAMAGE, user_error
 
 Columns = dict[str, list[float | None]]
 
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Whatever is wrong with the content of `file` becomes a UserError that names it."""
-    try:
+    """Turns an error from the content of `file` into a UserError that names the file."""
+    with (
+        user_error(f"{file}: cannot be read", "Make it readable.", (OSError,)),
+        user_error(f"{file}: is damaged", "Restore it, or move it away.", DAMAGE),
+    ):
         yield
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}. Make it readable.") from error
-    except (*BROKEN, yaml.YAMLError) as error:
-        said = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise UserError(f"{file}: is damaged: {said}. Restore it, or move it away.") from error
 
 
 def number(value: Any) -> float:
+    """Returns `value` as a float. Raises ValueError when it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{value!r} is no number")
     return float(value)
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Keys and values of a JSON or YAML file."""
+    """Returns the keys and values of a JSON or YAML file, or an empty dictionary when there is no file."""
     with reading(file):
         if not file.exists():
             return {}
@@ -51,13 +46,14 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def _checked_object(value: Any) -> dict[str, Any]:
+    """Returns `value`. Raises ValueError when it is no dictionary."""
     if not isinstance(value, dict):
         raise ValueError("it has no keys and values")
     return value
 
 
 def lines_of(file: Path) -> tuple[list[str], str]:
-    """The whole lines, and what is left of one that was cut off."""
+    """Returns the whole lines of a file, and the text after the last of them."""
     with reading(file):
         data = file.read_bytes() if file.exists() else b""
         end = data.rfind(b"\n") + 1
@@ -65,6 +61,7 @@ def lines_of(file: Path) -> tuple[list[str], str]:
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file with one JSON object on each line."""
     whole, rest = lines_of(file)
     values = []
     with reading(file):
@@ -79,7 +76,7 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(file: Path) -> list[dict[str, float | None]]:
-    """None stands for infinity and the like, which JSON does not have."""
+    """Returns the lines of metrics.jsonl. None stands for infinity and NaN, which JSON does not have."""
     lines = read_jsonl(file)
     with reading(file):
         for line in lines:
@@ -88,7 +85,7 @@ def read_metrics(file: Path) -> list[dict[str, float | None]]:
 
 
 def read_columns(file: Path) -> Columns:
-    """Of samples.csv, by the names of the header; None for an empty cell."""
+    """Returns the columns of samples.csv by the names in its header. None stands for an empty cell."""
     with reading(file):
         names, *rows = csv.reader(lines_of(file)[0] or ["seconds"])
         cells = [[number(float(cell)) if cell else None for cell in row] for row in rows]

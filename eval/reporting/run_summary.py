@@ -1,4 +1,4 @@
-"""What the folders of runs say, in numbers. A figure that is None, or not there, was not measured."""
+"""Computes figures from the folders of runs. A figure that is None, or missing, was not measured."""
 
 import math
 import re
@@ -13,21 +13,21 @@ from eval.reporting.run_files import Columns, number, read_columns, read_jsonl, 
 
 STEP_PHASES = ("data", "forward", "backward", "update")
 PHASES = ("start", "load", *STEP_PHASES, "validate", "save", "other")
-GPU_IN_USE = 50e6  # bytes that its memory grows by: less than a CUDA context takes
-BUSY = 50.0  # per cent of utilisation; below, a GPU mostly waits
+GPU_IN_USE = 50e6  # bytes; a GPU is in use when its memory grows by more. A CUDA context takes more than that
+BUSY = 50.0  # per cent of utilisation; a GPU below this mostly waits
 
 Figure = float | dict[str, float | None] | None
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A dictionary or list is empty when its file is not there."""
+    """Holds all that the files of one run say. A dictionary or list is empty when its file does not exist."""
 
     name: str
     result: dict[str, Any]  # result.json
-    usage: dict[str, Any]
-    memory_of: str  # what the ranks' peaks count
-    stage: int | None  # of ZeRO
+    usage: dict[str, Any]  # usage.json
+    memory_of: str  # the kind of memory that the peaks of the ranks count
+    stage: int | None  # ZeRO stage
     offloaded: list[str]
     recipe: dict[str, Any]
     versions: dict[str, Any]
@@ -38,12 +38,13 @@ class Run:
     figures: dict[str, Figure]
 
     def figure(self, key: str) -> float | None:
-        """One number; of a figure with several, the largest."""
+        """Returns a figure as one number: the largest, when the figure has several."""
         value = self.figures.get(key)
         return largest(value.values()) if isinstance(value, dict) else value
 
 
 def measured(values: Iterable[float | None]) -> list[float]:
+    """Returns the values that are not None."""
     return [value for value in values if value is not None]
 
 
@@ -57,7 +58,10 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def derived_columns(columns: Columns, cores: int | None) -> Columns:
-    """All GPUs in use as one, and the CPU's use by the processes in per cent of all cores."""
+    """Returns columns that follow from the columns of samples.csv.
+
+    They show all GPUs in use as one GPU, and the CPU use of the processes in per cent of all cores.
+    """
     gpus = sorted({found[1] for name in columns if (found := re.match(r"(gpu\d+)_", name))})
     memory = {gpu: measured(columns[f"{gpu}_memory_bytes"]) for gpu in gpus}
     in_use = [gpu for gpu in gpus if memory[gpu] and max(memory[gpu]) - memory[gpu][0] > GPU_IN_USE] or gpus
@@ -77,7 +81,7 @@ def derived_columns(columns: Columns, cores: int | None) -> Columns:
 
 
 def sample_figures(columns: Columns) -> dict[str, Figure]:
-    """Means and maxima over the whole training, loading included."""
+    """Returns means and maxima over the whole training, including the time in which it loads."""
 
     def each(pattern: str, name: str) -> Figure:
         found = {int(match[1]): key for key in columns if (match := re.fullmatch(pattern, key))}
@@ -103,7 +107,10 @@ def sample_figures(columns: Columns) -> dict[str, Figure]:
 
 
 def usage_figures(usage: Mapping[str, Any], peaks: Mapping[str, Any]) -> dict[str, Figure]:
-    """`peaks`: comparison.json, which has a matrix product's FLOP/s; may be empty."""
+    """Returns the figures that follow from usage.json.
+
+    `peaks` is comparison.json, which has the FLOP/s of a matrix product, or an empty dictionary.
+    """
     steps, ranks = [number(seconds) for seconds in usage["step_seconds"]], usage["ranks"]
     phases = [rank["phases"] for rank in ranks]
     figures: dict[str, Figure] = {
@@ -117,8 +124,8 @@ def usage_figures(usage: Mapping[str, Any], peaks: Mapping[str, Any]) -> dict[st
             if any(phase in costs for costs in phases)
         },
     }
-    if steps and usage["engine"] != "PyTorch DDP":  # whose collectives are not seen
-        traffic = [_traffic(costs, len(steps)) for costs in phases]
+    if steps and usage["engine"] != "PyTorch DDP":  # the collectives of PyTorch DDP are not counted
+        traffic = [_collective_bytes(costs, len(steps)) for costs in phases]
         figures["communication_bytes"] = max(sum(of_rank.values()) for of_rank in traffic)
         figures["collective_bytes"] = {
             kind: max(of_rank.get(kind, 0.0) for of_rank in traffic) for kind in sorted({k for t in traffic for k in t})
@@ -128,12 +135,12 @@ def usage_figures(usage: Mapping[str, Any], peaks: Mapping[str, Any]) -> dict[st
         a_second = 1 / len(steps) / median
         key = "matmul_peak_flops" + ("_fp32" if usage["precision"] == "no" else "")
         peak = peaks.get(key, {}).get(usage["device_type"])
-        devices = len(ranks) if usage["device_type"] == "cuda" else 1  # the CPU's peak is of all cores
+        devices = len(ranks) if usage["device_type"] == "cuda" else 1  # the peak of the CPU counts all its cores
         figures |= {
             "steady_steps": len(steady),
             "step_seconds": median,
             "step_quartiles": {"lower quartile": lower, "upper quartile": upper},
-            # Half of a notch: medians whose notches do not overlap differ (McGill, Tukey, Larsen 1978).
+            # This is half of a notch. Medians differ when their notches do not overlap (McGill, Tukey, Larsen 1978).
             "step_uncertainty": 1.57 * (upper - lower) / math.sqrt(len(steady)) / median,
             "samples_per_second": number(usage["rows"]) * a_second,
             "tokens_per_second": number(usage["tokens"]) * a_second,
@@ -142,8 +149,8 @@ def usage_figures(usage: Mapping[str, Any], peaks: Mapping[str, Any]) -> dict[st
     return figures
 
 
-def _traffic(phases: Mapping[str, Any], num_steps: int) -> dict[str, float]:
-    """Bytes a step of one rank, by the kind of collective."""
+def _collective_bytes(phases: Mapping[str, Any], num_steps: int) -> dict[str, float]:
+    """Returns the bytes of one rank in one step, by the kind of collective."""
     traffic: dict[str, float] = {}
     for phase in STEP_PHASES:
         for kind, cost in phases.get(phase, {}).get("collectives", {}).items():
@@ -152,7 +159,7 @@ def _traffic(phases: Mapping[str, Any], num_steps: int) -> dict[str, float]:
 
 
 def _zero(file: Path) -> tuple[int | None, list[str]]:
-    """Stage, and what is offloaded, for example ["optimizer to cpu"]."""
+    """Returns the ZeRO stage and what is offloaded, for example ["optimizer to cpu"]."""
     zero = read_object(file).get("zero_optimization", {})
     with reading(file):
         stage = int(number(zero["stage"])) if zero else None
@@ -161,9 +168,10 @@ def _zero(file: Path) -> tuple[int | None, list[str]]:
 
 
 def read_run(name: str, folder: Path, comparison: Mapping[str, Any] | None = None) -> Run:
-    """Of a run folder or, with what comparison.json says, of a configuration's folder. Raises UserError.
+    """Reads a run folder or, when `comparison` gives the content of comparison.json, the folder of a configuration.
 
-    A training that did not come to its end has no figures, which would be of half a run, but curves.
+    A training that has not finished gets no figures, because they would describe half a run, but it gets its curves.
+    Raises UserError for damaged files.
     """
     run = folder if comparison is None else folder / "run"
     usage, scores = read_object(run / "usage.json"), read_object(run / "eval.json")
