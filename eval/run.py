@@ -73,7 +73,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Asked:
-    """Holds what one process has found out about its share of the rows."""
+    """Holds the answers of one process to its share of the rows, and what they cost."""
 
     answers: list[str]
     num_tokens: int

@@ -115,9 +115,8 @@ def summarize(comparison: Comparison) -> None:
         raise RunError(f"none of {len(results)} runs finished; the reasons are above and in {comparison.out}.")
     failed = f", {len(results) - finished} failed (--retry runs them again)" if finished < len(results) else ""
     print(f"{finished} of {len(results)} runs finished{failed}")
-    with contextlib.suppress(
-        OSError, ValueError, LookupError
-    ):  # conclude() has printed a warning when there is no report
+    # When there is no report, conclude() has printed a warning.
+    with contextlib.suppress(OSError, ValueError, LookupError):
         for finding in json.loads((comparison.out / "summary.json").read_text(encoding="utf-8"))["findings"]:
             print(f"- {finding}")
         print(f"tables: {comparison.out / 'report.md'}\nwith charts: {comparison.out / 'report.html'}")

@@ -1,4 +1,7 @@
-"""Batched greedy against one prompt at a time, and the merged adapter against the unmerged one."""
+"""Compares batched generation with one prompt at a time, and a merged adapter with an unmerged one.
+
+load_model puts the model on the GPU where there is one, so the tensors of these tests follow the model.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ WORDS = ("复述:大丫", "7=", "把1253拆成两个数的和", "3加5是多少?
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random adapter, large enough to change answers."""
+    """Saves a random adapter that is large enough to change answers, and returns its folder."""
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), lora)
@@ -31,12 +34,16 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def one_by_one(model: Any, tokenizer: Any, prompt: str, most: int) -> list[int]:
-    """Greedy by hand: the whole text through the model for every token, no cache, no padding, no `generate`."""
+    """Generates one greedy answer by hand.
+
+    The whole text goes through the model for every token, without a cache, without padding and without `generate`.
+    """
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     answer: list[int] = []
     with torch.no_grad():
         while len(answer) < most and tokenizer.eos_token_id not in answer:
-            answer.append(int(model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
+            text = torch.tensor([ids + answer], device=model.device)
+            answer.append(int(model(text).logits[0, -1].argmax()))
     return answer
 
 
@@ -55,9 +62,8 @@ def test_batched_is_one_by_one(adapter: Path, merge: bool) -> None:
 def test_merging_changes_nothing(adapter: Path) -> None:
     ids = torch.tensor([load_tokenizer(TINY)("复述:大丫")["input_ids"]])
     with torch.no_grad():
-        base = load_model(TINY)(ids).logits
-        merged = load_model(TINY, adapter, merge=True)(ids).logits
-        unmerged = load_model(TINY, adapter, merge=False)(ids).logits
+        models = (load_model(TINY), load_model(TINY, adapter, merge=True), load_model(TINY, adapter, merge=False))
+        base, merged, unmerged = (model(ids.to(model.device)).logits for model in models)
     torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
     assert (merged - base).abs().max() > 0.1
 
@@ -71,9 +77,10 @@ def test_progress_and_cut_off() -> None:
 
 
 def test_peak_memory_sees_an_allocation() -> None:
+    """The block of 200 MB is on the GPU where there is one, because PeakMemory then looks at the GPU."""
     memory = PeakMemory()
     held = memory.now()
-    block = torch.ones(50_000_000)
+    block = torch.ones(50_000_000, device="cuda" if torch.cuda.is_available() else "cpu")
     del block
     assert memory.peak() - held > 150e6
     memory.reset()

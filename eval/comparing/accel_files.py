@@ -56,6 +56,7 @@ def _name(path: Path) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    """Returns the values of an accelerate YAML, and of the DeepSpeed JSON that it names. Raises UserError."""
     said = f"--accel {path}"
     with user_error(f"{said}: cannot be read", "Give a file that `accelerate config` writes."):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -72,7 +73,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         json_path = find_path(str(file))
         with user_error(f"{said}: its deepspeed_config_file {json_path} cannot be read", "Correct it."):
             values["deepspeed_config_file"] = json.loads(json_path.read_text(encoding="utf-8"))
-    plain: dict[str, Any] = json.loads(
-        json.dumps(values, default=str)
-    )  # the same types as json.loads makes of comparison.json
+    # The values get the types that they have when they are read from comparison.json.
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain

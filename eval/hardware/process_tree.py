@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-LOOK_EVERY = 2.0  # least seconds between two looks for new processes
+LOOK_EVERY = 2.0  # seconds that pass at least between two looks for new processes
 LOOK_SHARE = 0.002  # largest share of a core for these looks, which walk through all processes of the machine
 LAUNCHER_PROGRAMS = ("accelerate", "torchrun", "torch.distributed")
 
@@ -19,7 +19,7 @@ class ProcessReading:
     cpu_seconds: float
     rss: int  # resident bytes
     shared: int  # resident bytes that belong to files or to shared memory
-    swap: int | None  # bytes
+    swap: int | None  # swapped bytes
     read: int | None  # bytes read from disk since the process began
     written: int | None  # bytes written to disk since the process began
 
@@ -99,9 +99,8 @@ def read_process(process: psutil.Process) -> ProcessReading:
         raise psutil.NoSuchProcess(process.pid)
     read: int | None = None
     written: int | None = None
-    with contextlib.suppress(
-        psutil.AccessDenied, AttributeError
-    ):  # the process is another user's, or the kernel has no such counters
+    # These errors mean that the process is another user's, or that the kernel has no such counters.
+    with contextlib.suppress(psutil.AccessDenied, AttributeError):
         io = process.io_counters()
         read, written = io.read_bytes, io.write_bytes
     return ProcessReading(cpu.user + cpu.system, memory.rss, memory.shared, _swapped(process.pid), read, written)
@@ -157,10 +156,10 @@ def _told_rank(process: psutil.Process) -> int | None:
 
 
 def _is_launcher(process: psutil.Process) -> bool:
+    """Says whether the process is a launcher, or may still become one."""
     try:
         words = process.cmdline()[:3]
     except psutil.Error:
         return True
-    return not words or any(
-        name in word for word in words for name in LAUNCHER_PROGRAMS
-    )  # a process without words is about to begin
+    # A process whose command line is empty is about to begin.
+    return not words or any(name in word for word in words for name in LAUNCHER_PROGRAMS)

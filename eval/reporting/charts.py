@@ -28,7 +28,7 @@ DASHES = ((), (5, 1.5), (1.2, 1.2), (7, 1.5, 1.2, 1.5), (3, 3), (9, 2, 3, 2), (4
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK = "#010203"  # matplotlib draws axes and text in this colour, which is then replaced by currentColor
 LIGHT, DARK = "#1f2328", "#e6edf3"  # text on a light and on a dark page
-LONGEST = 40  # most letters of a name in a legend
+LONGEST = 40  # a longer name loses its first letters in the legend
 X_PARTS = 100  # a line with more points is drawn as means over so many parts of the x axis
 SETTINGS: dict[Any, Any] = {
     **{"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10.0, "text.parse_math": False},
@@ -120,9 +120,8 @@ def to_svg(chart: Chart) -> str:
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()  # the user's own matplotlibrc does not count
         matplotlib.rcParams.update({**SETTINGS, "svg.hashsalt": chart.name})
-        warnings.simplefilter(
-            "ignore"
-        )  # matplotlib warns of letters that its own font lacks; the font of the viewer has them
+        # matplotlib warns of letters that its own font lacks, but the font of the viewer draws them.
+        warnings.simplefilter("ignore")
         canvas = Canvas(figsize=(8.8, 3.9), layout="constrained")
         axes = canvas.add_subplot()
         handles = []

@@ -13,7 +13,7 @@ from eval.reporting.run_files import Columns, number, read_columns, read_jsonl, 
 
 STEP_PHASES = ("data", "forward", "backward", "update")
 PHASES = ("start", "load", *STEP_PHASES, "validate", "save", "other")
-GPU_IN_USE = 50e6  # bytes; a GPU is in use when its memory grows by more. A CUDA context takes more than that
+GPU_IN_USE = 50e6  # bytes; a GPU whose memory grows by more is in use, because a CUDA context alone takes more
 BUSY = 50.0  # per cent of utilisation; a GPU below this mostly waits
 
 Figure = float | dict[str, float | None] | None
