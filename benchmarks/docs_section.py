@@ -2,20 +2,12 @@
 
 import re
 import time
-from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 
 import torch
 
 from eval.peak import machine
 from loop.recipe import ROOT
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a Markdown table: one line for `head`, one for the rule under it, and one for each of `rows`."""
-    lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in cells) for cells in (head, *rows)]
-    lines.insert(1, "|---" * len(head) + "|")
-    return "\n".join(lines)
 
 
 def write_section(title: str, command: str, text: str, page_name: str = "guarantees.md") -> None:

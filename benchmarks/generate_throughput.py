@@ -17,10 +17,10 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from benchmarks.docs_section import markdown_table
 from benchmarks.turns import Measured, spread, take_turns, write_results
 from benchmarks.workload import RECIPE, lora_config, write_compute_bound, write_tiny
 from eval.peak import usable_cores
+from eval.reporting.markdown import markdown_table
 from loop.guard.process import exit_codes
 
 PROMPTS = {"reference": 8, "merged": 8, "batched": 64, "ours": 200}  # in a turn, so that all turns take about as long

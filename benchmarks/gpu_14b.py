@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.docs_section import markdown_table
 from benchmarks.train_throughput import Contender, computed
 from benchmarks.turns import spread, take_turns, write_results
 from benchmarks.workload import ANSWER, PROMPT, SHARED, TINY, made_up_rows, write_rows
 from eval.peak import matmul_peak
+from eval.reporting.markdown import markdown_table
 from loop.guard.process import exit_codes
 from loop.measure.flops import matrix_products
 from loop.plan import model_without_weights

@@ -9,11 +9,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.docs_section import markdown_table
 from benchmarks.train_throughput import Contender
 from benchmarks.turns import spread, take_turns, write_results
 from benchmarks.workload import write_compute_bound
 from eval.peak import usable_cores
+from eval.reporting.markdown import markdown_table
 from loop.guard.process import exit_codes
 
 ABOUT = """One process, the compute-bound model, 16 rows a step, shared prefix, activations kept, a log every 5 steps.

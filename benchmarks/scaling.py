@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.docs_section import markdown_table
 from benchmarks.train_throughput import Contender
 from benchmarks.turns import take_turns, write_results
 from benchmarks.workload import ANSWER, COMPUTE_BOUND, PROMPT, SHARED, TINY, Shape, write_compute_bound
 from eval.peak import usable_cores
 from eval.reporting.charts import Chart, to_svg
+from eval.reporting.markdown import markdown_table
 from loop.guard.process import exit_codes
 from loop.recipe import ROOT
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.docs_section import markdown_table
 from benchmarks.train_throughput import Contender
 from benchmarks.turns import spread, take_turns, write_results
 from benchmarks.workload import write_compute_bound
 from eval.peak import usable_cores
+from eval.reporting.markdown import markdown_table
 from loop.guard.process import exit_codes
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")

@@ -13,10 +13,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.docs_section import markdown_table
 from benchmarks.launching import CONFIGS, launch_command, run_to_end
 from benchmarks.start_up_worker import BEGUN
 from benchmarks.turns import spread, write_results
+from eval.reporting.markdown import markdown_table
 from loop.guard.process import exit_codes
 
 AS_TYPED = ("accelerate.commands.accelerate_cli", "launch")  # the shell command `accelerate launch` runs this module

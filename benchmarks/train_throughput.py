@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.docs_section import markdown_table
 from benchmarks.launching import CONFIGS, launch_command
 from benchmarks.train_worker import as_reference
 from benchmarks.turns import Measured, spread, take_turns, write_results
@@ -22,6 +21,7 @@ from benchmarks.workload import RECIPE, load_rows, write_compute_bound, write_ti
 from data.batch import windows
 from data.errors import UserError
 from eval.peak import matmul_peak, usable_cores
+from eval.reporting.markdown import markdown_table
 from loop.guard.process import exit_codes
 from loop.measure.flops import Batch, count_computed, matrix_products
 from loop.plan import model_without_weights

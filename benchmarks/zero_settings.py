@@ -19,9 +19,10 @@ from typing import Any
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from benchmarks.docs_section import markdown_table, write_section
+from benchmarks.docs_section import write_section
 from benchmarks.launching import CONFIGS, launch_command, run_to_end
 from benchmarks.workload import TINY
+from eval.reporting.markdown import markdown_table
 from loop.recipe import ROOT
 
 COMMAND = "python -m benchmarks.zero_settings"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.docs_section import markdown_table
 from benchmarks.launching import run_to_end
 from benchmarks.turns import spread, take_turns
+from eval.reporting.markdown import markdown_table
 from loop.recipe import ROOT
 
 CONTENDER = """
