@@ -77,6 +77,7 @@ class Tracking:
         self.accelerator = accelerator
         self.first_step = first_step
         self.tracker: TrackerThread | None = None
+        self.backend: Any = None  # accelerate's tracker, which the tracker's thread alone makes and calls
         self.started = time.monotonic()
         self.file: TextIO | None = None
         self.bar = None
@@ -125,13 +126,17 @@ class Tracking:
             if "SWANLAB_MODE" not in os.environ:  # its default, online, needs an account and a network
                 init_kwargs["mode"] = "offline"
             os.environ.setdefault("SWANLAB_INTERACTIVE", "false")  # it would ask for a key and wait for an answer
-        self.accelerator.log_with = known
-        self.accelerator.project_configuration.set_directories(str(run_dir))
-        self.accelerator.init_trackers("plainloop", config=tracker_config(recipe), init_kwargs={name: init_kwargs})
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        folder = [str(run_dir)] if kind.requires_logging_directory else []
+        self.backend = kind("plainloop", *folder, **init_kwargs)
+        self.backend.start()
+        self.backend.store_init_configuration(tracker_config(recipe))
+
+    def _log_to_tracker(self, metrics: dict[str, float], step: int) -> None:
+        self.backend.log(metrics, step=step)
 
     def _finish_tracker(self) -> None:
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        self.backend.finish()
 
     def say(self, line: str) -> None:
         """Prints a line on rank 0, above the progress bar."""
@@ -164,7 +169,7 @@ class Tracking:
                 "there, then go on with --resume."
             ) from error
         if self.tracker is not None:
-            self.tracker.jobs.put(partial(self.accelerator.log, dict(metrics), step=step))
+            self.tracker.jobs.put(partial(self._log_to_tracker, dict(metrics), step))
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows the metrics beside the bar in a terminal, and as a line elsewhere."""

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
         for name in ("__init__", "log", "__exit__"):
             patches.enter_context(patch.object(Tracking, name, timed(getattr(Tracking, name))))
         if "BREAK_TRACKER" in os.environ:
-            patches.enter_context(patch("accelerate.Accelerator.log", broken))
+            patches.enter_context(patch("accelerate.tracking.SwanLabTracker.log", broken))
         loop.train.main(argv)
     (Path(str(parse_recipe(argv)[1].run_dir)) / "tracker.json").write_text(json.dumps({"seconds": waited}))
 
