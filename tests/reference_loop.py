@@ -23,7 +23,7 @@ PEAK, WARMUP_RATIO, WEIGHT_DECAY, BETAS, EPS, MAX_NORM = 1e-4, 0.03, 0.1, (0.9, 
 
 @dataclass(frozen=True)
 class History:
-    """Of each step: mean loss in nats a label token, global gradient norm before clipping, learning rate."""
+    """What each step had: its mean loss in nats a label token, global gradient norm before clipping, learning rate."""
 
     loss: list[float]
     grad_norm: list[float]
@@ -54,7 +54,7 @@ def tokens_and_labels(row: dict[str, str], tokenizer: Any) -> tuple[list[int], l
 
 
 def learning_rate(step: int, total: int) -> float:
-    """Of update `step`, counted from 0."""
+    """The learning rate of update `step`, counted from 0."""
     warmup = math.ceil(total * WARMUP_RATIO)
     if step < warmup:
         return PEAK * step / warmup

@@ -82,7 +82,7 @@ def children(pid: int) -> list[int]:
 
 
 def last_step(folder: Path) -> int:
-    """Of the whole lines of metrics.jsonl."""
+    """The last step that a whole line of metrics.jsonl tells; 0 where there is none."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return max((int(json.loads(line)["step"]) for line in lines if line.endswith("\n")), default=0)

@@ -33,7 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def processes_of(out: Path) -> list[psutil.Process]:
-    """Those that bear the mark of one of its configurations."""
+    """The processes that bear the mark of one of the comparison's configurations."""
     found = []
     for process in psutil.process_iter():
         try:
