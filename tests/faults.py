@@ -16,10 +16,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.launching import launch_command
 from data.errors import UserError
 from loop.saving.checkpoint import list_checkpoints, load_checkpoint
 from tests.distributed.kill_worker import PHASES
-from tests.distributed.launching import CONFIGS, DEBUG, ROOT, children, last_step, launcher_command
+from tests.distributed.launching import CONFIGS, DEBUG, ROOT, children, last_step
 from tests.guarantees import write_section
 from tests.warm import Started, clean_environment, popen
 
@@ -43,7 +44,7 @@ class Figures:
 
 def start(stage: str, folder: Path, kill: str | None, log: Path) -> Started:
     script = ROOT / "tests" / "distributed" / "kill_worker.py"
-    command = [*launcher_command(CONFIGS / f"{stage}.yaml"), str(script), *RUN]
+    command = [*launch_command(CONFIGS / f"{stage}.yaml"), str(script), *RUN]
     command += ["--run_dir", str(folder), "--resume", "auto"]
     env = clean_environment() | ({"KILL": kill} if kill else {})
     log.unlink(missing_ok=True)

@@ -18,18 +18,16 @@ from pathlib import Path
 
 import torch
 
+from eval.comparing.launch import clean_environment as without_launcher
+
 SERVER = Path(__file__).with_name("warm_server.py")
 READ_WHEN_LOADED = ("MALLOC_", "OMP_", "MKL_", "LD_", "PYTHON", "HF_", "TRANSFORMERS_", "HOME", "DS_ACCELERATOR")
-LAUNCHERS = (
-    *("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_"),
-    *("TORCHELASTIC_", "SWANLAB_"),
-)
-START_UP = 120.0  # seconds that the server may take for its imports
+START_UP = 600.0  # seconds that the server may take for its imports, and for extensions that are not built yet
 
 
 def clean_environment() -> dict[str, str]:
     """Our environment without what a launcher would have set, one thread a process, and no warnings."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
+    kept = {key: value for key, value in without_launcher().items() if not key.startswith("SWANLAB_")}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 

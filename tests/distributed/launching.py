@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import _get_build_directory
 
+from benchmarks.launching import launch_command
 from tests.warm import clean_environment, cold_popen, popen
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,16 +52,10 @@ def launch(
     cold: bool = False,
 ) -> Run:
     """`accelerate launch --config_file CONFIG script arguments --run_dir folder`, and its outcome."""
-    command = [*launcher_command(config), *options]
+    command = [*launch_command(config), *options]
     command += ["--num_processes", str(processes)] if processes else []
     command += ["--mixed_precision", precision] if precision else []
     return start([*command, str(script), *arguments, "--run_dir", str(folder)], folder, env, cold)
-
-
-def launcher_command(config: Path) -> list[str]:
-    """accelerate launch, at any free port; by its module, so that accelerate's other commands are not imported."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    return [*command, "--config_file", str(config), "--main_process_port", "0"]
 
 
 def start(command: list[str], folder: Path, env: dict[str, str] | None = None, cold: bool = False) -> Run:
@@ -101,7 +96,7 @@ class Running:
         cold: bool = False,
     ) -> None:
         self.folder, self.log = folder, folder.with_suffix(".txt")
-        command = launcher_command(CONFIGS / "zero3.yaml") if launcher else [sys.executable]
+        command = launch_command(CONFIGS / "zero3.yaml") if launcher else [sys.executable]
         command += [str(script), *DEBUG, *ENDLESS, *arguments, "--run_dir", str(folder)]
         self.process = (cold_popen if cold else popen)(command, ROOT, clean_environment(), self.log)
         self.wait_until(until or (lambda: last_step(folder) >= 5))

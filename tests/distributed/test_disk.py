@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.launching import launch_command
 from loop.saving.checkpoint import list_checkpoints, load_checkpoint
-from tests.distributed.launching import CONFIGS, DEBUG, TRAIN, Run, launch, launcher_command, start
+from tests.distributed.launching import CONFIGS, DEBUG, TRAIN, Run, launch, start
 
 LIMIT = 500  # KiB a file: an adapter of 160 KB fits, its optimizer state of 950 KB does not
 
 
 def with_small_files(folder: Path, *arguments: str) -> Run:
-    command = [*launcher_command(CONFIGS / "zero3.yaml"), str(TRAIN), *DEBUG, *arguments, "--run_dir", str(folder)]
+    command = [*launch_command(CONFIGS / "zero3.yaml"), str(TRAIN), *DEBUG, *arguments, "--run_dir", str(folder)]
     line = f"ulimit -f {LIMIT}; exec {shlex.join(command)}"
     return start(["bash", "-c", line], folder)
 
@@ -82,7 +83,7 @@ def on_a_disk_of(size: str, tmp_path: Path, first: str, *arguments: str) -> Run:
     """
     disk, folder = tmp_path / "disk", tmp_path / "left behind"
     disk.mkdir()
-    command = [*launcher_command(CONFIGS / "zero3.yaml"), str(TRAIN), *DEBUG, *arguments]
+    command = [*launch_command(CONFIGS / "zero3.yaml"), str(TRAIN), *DEBUG, *arguments]
     command += ["--run_dir", str(disk / "run")]
     script = f"""
 mount -t tmpfs -o size={size} none {shlex.quote(str(disk))}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import CONFIGS, DEBUG, launch, launcher_command, start
+from benchmarks.launching import launch_command
+from tests.distributed.launching import CONFIGS, DEBUG, launch, start
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def test_two_processes_say_what_one_says(run: Path, tmp_path: Path) -> None:
     assert one.code == 0, one.output
     alone, scores = answers(run), json.loads((run / "eval.json").read_text())
     assert len(alone) == 2 * 7
-    two = start([*launcher_command(CONFIGS / "zero3.yaml"), "--module", *asked], tmp_path)
+    two = start([*launch_command(CONFIGS / "zero3.yaml"), "--module", *asked], tmp_path)
     assert two.code == 0, two.output
     assert answers(run) == alone
     shared = json.loads((run / "eval.json").read_text())
@@ -39,12 +40,12 @@ def test_two_processes_say_what_one_says(run: Path, tmp_path: Path) -> None:
 
 def test_fewer_prompts_than_processes(run: Path, tmp_path: Path) -> None:
     asked = ["eval.run", "--run", str(run), "--limit", "1"]
-    done = start([*launcher_command(CONFIGS / "zero3.yaml"), "--module", *asked], tmp_path)
+    done = start([*launch_command(CONFIGS / "zero3.yaml"), "--module", *asked], tmp_path)
     assert done.code == 0, done.output
     assert len(answers(run)) == 2
 
 
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
-    done = start([*launcher_command(CONFIGS / "zero3.yaml"), "--module", "eval.run", "--run", "nowhere"], tmp_path)
+    done = start([*launch_command(CONFIGS / "zero3.yaml"), "--module", "eval.run", "--run", "nowhere"], tmp_path)
     assert done.code != 0
     assert done.output.count("error: --run nowhere: no recipe.yaml in there") == 1
