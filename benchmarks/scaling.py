@@ -61,7 +61,7 @@ from transformers import AutoTokenizer
 from data.batch import epoch_order, windows
 from data.chat import encode_rows
 from data.rows import iter_rows
-from loop.measure.phases import peak_memory
+from loop.measure.memory import peak_host_memory
 
 path, tokenizer = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2])
 begun = time.perf_counter()
@@ -73,7 +73,7 @@ for window in windows(examples, epoch_order(len(examples), 1, 0), 16, 1, 1, 0, "
     seconds.append(time.perf_counter() - begun)
     begun = time.perf_counter()
 first, last = (sorted(part)[len(part) // 2] for part in (seconds[1:50], seconds[-50:]))
-print(json.dumps({"read": read, "first": first, "last": last, "peak_bytes": peak_memory()}))
+print(json.dumps({"read": read, "first": first, "last": last, "peak_bytes": peak_host_memory()}))
 """
 
 

@@ -25,13 +25,14 @@ from tqdm import tqdm
 from data.chat import render_prompt, user_text
 from data.errors import UserError
 from data.rows import Problems, Row, read_rows
-from eval.answers.generate import PeakMemory, generate, load_model, load_tokenizer, timed
+from eval.answers.generate import generate, load_model, load_tokenizer, timed
 from eval.answers.vllm_backend import ask_vllm, check_vllm
 from eval.check import Verdict, check_answer, number_asked
 from eval.files import user_error
 from eval.reference import PUBLISHED_ANSWERS
 from eval.reporting.markdown import markdown_table
 from loop.guard.process import RunError, end_process, exit_codes
+from loop.measure.memory import memory_in_use, peak_memory
 from loop.model.build import build_tokenizer, check_model
 from loop.recipe import ROOT, find_model, find_path, parse_recipe
 from loop.saving.checkpoint import ADAPTER, first_difference
@@ -89,24 +90,26 @@ def ask(question: Question) -> Asked:
         answers, num_tokens, seconds = ask_vllm(question)
         return Asked(answers, num_tokens, seconds, None, None)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # PeakMemory and timed() look at the current GPU
-    memory = PeakMemory()
+        # peak_memory() and timed() look at the current GPU.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    peak_memory()  # the peak counts from here on
     tokenizer = load_tokenizer(question.model, question.trust_remote_code)
     model = load_model(question.model, question.adapter, question.merge, question.trust_remote_code)
-    peak_load = memory.peak()
+    peak_load = peak_memory()
     prompts = [render_prompt(user_text(row), question.system_prompt, tokenizer) for row in question.rows]
-    memory.reset()
-    held = memory.now()
+    peak_memory()  # the peak counts from here on
+    held = memory_in_use()
     with tqdm(total=len(prompts), desc=question.label, unit="prompt", disable=not sys.stderr.isatty()) as bar:
         (answers, num_tokens), seconds = timed(
             lambda: generate(
                 model, tokenizer, prompts, question.batch_size, question.max_new_tokens, progress=bar.update
             )
         )
-    peak = memory.peak() - held
+    peak = peak_memory()
+    peak_inference = peak - held if peak is not None and held is not None else None
     alone = [generate(model, tokenizer, [p], 1, question.max_new_tokens)[0][0] for p in prompts[: question.verify]]
     different = sum(a != b for a, b in zip(alone, answers[: question.verify], strict=True))
-    return Asked(answers, num_tokens, seconds, peak_load, peak, different)
+    return Asked(answers, num_tokens, seconds, peak_load, peak_inference, different)
 
 
 def ask_everywhere(question: Question) -> Asked:

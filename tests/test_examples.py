@@ -149,17 +149,17 @@ from transformers import AutoTokenizer
 from data.batch import epoch_order, windows
 from data.chat import encode_rows
 from data.rows import iter_rows
-from loop.measure.phases import peak_memory
+from loop.measure.memory import peak_host_memory
 
 path = Path(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 list(encode_rows(iter_rows(Path(sys.argv[3])), path, "", 99, tokenizer))
-peak_memory()
-before = peak_memory()
+peak_host_memory()
+before = peak_host_memory()
 examples = encode_rows(iter_rows(path), path, "", 99, tokenizer)
 for window in windows(examples, epoch_order(len(examples), 1, 0), 64, 1, 1, 0, "shared_prefix", 0):
     pass
-print(len(examples), peak_memory() - before)
+print(len(examples), peak_host_memory() - before)
 """
 
 

@@ -66,40 +66,6 @@ def generate(
     return [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers], sum(map(len, answers))
 
 
-class PeakMemory:
-    """Tells the peak of this process's memory since `reset`, in bytes.
-
-    The memory is what PyTorch has allocated on the GPU, or the resident host memory where there is no GPU.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux sets VmHWM back to the current VmRSS
-
-    def peak(self) -> int:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        return _status("VmHWM")
-
-    def now(self) -> int:
-        if torch.cuda.is_available():
-            return torch.cuda.memory_allocated()
-        return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    """Returns a size that stands in /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:
     """Runs `action`; returns its result and its seconds, including the work that it leaves to the GPU."""
     if torch.cuda.is_available():

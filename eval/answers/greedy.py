@@ -4,17 +4,16 @@ In some models padding changes the result: models with a recurrent state, or wit
 text. Such a model gets one prompt at a time instead.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from data.layout import common_prefix
+from loop.measure.memory import free_host_memory
 from loop.model.attention import why_not_plain_attention
 
 MOST = 512  # prompts in a batch; larger batches are not faster
@@ -154,8 +153,5 @@ def size_that_fits(model: Any, tokens: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     cached = 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize * tokens
     row = OVERHEAD * cached + 2 * 4 * config.vocab_size + 8 * tokens * config.hidden_size * model.dtype.itemsize
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else free_host_memory()
     return max(1, min(MOST, int(SHARE * free / row)))

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ import torch
 
 from data.batch import Window
 from loop.measure.flops import Batch, count
+from loop.measure.memory import peak_memory
 
 Phase = Literal["start", "load", "data", "forward", "backward", "update", "validate", "save", "other"]
 STEP: tuple[Phase, ...] = ("data", "forward", "backward", "update")
@@ -184,25 +184,6 @@ def _largest(arguments: Iterable[Any]) -> int:
         tensors = argument if isinstance(argument, list | tuple) else [argument]
         sizes.append(sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor)))
     return max(sizes)
-
-
-def peak_memory() -> int | None:
-    """The most bytes since the last call: those of CUDA's allocator on a GPU, otherwise those resident in host memory.
-
-    None where the system does not tell.
-    """
-    if torch.cuda.is_available():
-        if not torch.cuda.is_initialized():
-            return 0
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
-    try:
-        status = Path("/proc/self/status").read_text()
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: from here on the peak counts anew
-    except OSError:
-        return None
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _larger(one: int | None, other: int | None) -> int | None:
