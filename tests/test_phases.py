@@ -1,4 +1,7 @@
-"""The account that a process keeps of its phases."""
+"""Tests the account that a process keeps of its phases.
+
+Each test holds on a machine with a GPU and on one without: a test with a clock of its own turns the GPU's clock off.
+"""
 
 import os
 import sys
@@ -20,7 +23,7 @@ from tests.distributed.launching import ROOT, start
 
 
 class Clock:
-    """Stands still, but when a test lets it go on."""
+    """A clock that stands still until a test moves it."""
 
     now = 0.0
 
@@ -33,7 +36,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Replaces the clock of the host. The account then never asks a GPU, which would measure real seconds."""
     clock = Clock()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(phases, "perf_counter", clock)
     return clock
 
@@ -46,7 +51,7 @@ def account(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Account:
 
 
 def test_each_second_belongs_to_one_phase(account: Account, clock: Clock) -> None:
-    """An inner phase interrupts the one around it."""
+    """An inner phase interrupts the phase around it."""
     clock.tick(1)
     account.enter("other")
     with measured("save"):
@@ -62,7 +67,7 @@ def test_each_second_belongs_to_one_phase(account: Account, clock: Clock) -> Non
 
 
 def test_a_step_lasts_from_its_data_to_its_update(account: Account, clock: Clock) -> None:
-    """What comes between two steps, saving for example, is not part of one."""
+    """What is done between two steps, saving for example, is not part of a step."""
 
     def windows() -> Iterator[Window]:
         for seconds in (1, 2):
@@ -80,18 +85,21 @@ def test_a_step_lasts_from_its_data_to_its_update(account: Account, clock: Clock
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not tell peaks")
-def test_a_peak_belongs_to_the_phase_in_which_it_was(account: Account) -> None:
-    size = 200_000_000
+def test_a_peak_belongs_to_the_phase_in_which_it_was() -> None:
+    """The block of memory is on the GPU where there is one, because the account then looks at the GPU."""
+    size, device = 200_000_000, "cuda" if torch.cuda.is_available() else "cpu"
+    torch.zeros(1, device=device)  # the account looks at a GPU only once this process uses it
+    account = Account()
     account.enter("load")
     account.enter("forward")
-    block = torch.zeros(size, dtype=torch.uint8)
+    block = torch.zeros(size, dtype=torch.uint8, device=device)
     account.enter("backward")
     del block
     account.enter("update")
     account.enter("other")
     peaks = {phase: cost.peak_bytes or 0 for phase, cost in account.costs.items()}
     assert peaks["forward"] - peaks["load"] > 0.9 * size
-    assert peaks["backward"] >= peaks["forward"] - 0.1 * size, "it began with the block"
+    assert peaks["backward"] >= peaks["forward"] - 0.1 * size, "backward began with the block"
     assert peaks["forward"] - peaks["update"] > 0.9 * size
 
 
@@ -109,7 +117,7 @@ def test_a_phase_ends_with_an_exception(account: Account) -> None:
 
 
 def test_a_whole_phase_lets_no_other_begin(account: Account, clock: Clock) -> None:
-    """Resuming takes a step that is none of the run's: its seconds are those of loading."""
+    """When a training resumes it takes a step that is none of its own; the seconds of that step count as loading."""
     account.enter("other")
     with measured("load", whole=True):
         clock.tick(1)
@@ -161,7 +169,7 @@ def test_a_step_goes_through_its_phases(account: Account, clock: Clock) -> None:
 
 @pytest.mark.launches
 def test_collectives_are_counted_by_kind_and_size(tmp_path: Path) -> None:
-    """On two real processes; what a collective calls itself is not counted again."""
+    """Two real processes make collectives. A collective that another collective calls is not counted."""
     script = """
 import json, os, sys, torch, torch.distributed as dist
 from loop.measure.phases import ACCOUNT, count_collectives
@@ -186,13 +194,13 @@ sys.exit(sum(process.wait() for process in run))
 """
     done = start([sys.executable, "-c", both], ROOT)
     expected = '{"all_gather": [2, 48], "all_reduce": [2, 80], "broadcast": [1, 20], "reduce_scatter": [1, 16]}'
-    assert done.output.count(expected) == 2, done.output  # both may print at once
+    assert done.output.count(expected) == 2, done.output  # the two lines may be mixed up
 
 
 def test_a_gpus_phases_are_timed_on_the_gpu_without_waiting_for_it(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against a stand-in for CUDA's events, which the GPU reaches when it is told to: no GPU is at hand."""
+    """Stand-ins replace CUDA's events, so that the test decides which events the GPU has reached."""
     reached: set[object] = set()
     waited: list[object] = []
 
@@ -215,6 +223,7 @@ def test_a_gpus_phases_are_timed_on_the_gpu_without_waiting_for_it(
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(phases, "peak_memory", lambda: None)  # nothing here has used a GPU's memory
     account = Account()
     for phase, seconds in (("forward", 1), ("backward", 2), ("update", 4)):
         account.enter(phase)  # type: ignore[arg-type]
