@@ -1,4 +1,4 @@
-"""The numbers that the reference has published: its four training runs, and its model before and after training."""
+"""Holds the numbers that the reference has published, about its four training runs and about its model's answers."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ STAGE0, STAGE1, STAGE2, STAGE3 = STAGES
 
 @dataclass(frozen=True)
 class Published:
-    """What the reference says about one of its training runs."""
+    """Holds what the reference says about one of its training runs."""
 
     wall_seconds: float
     cpu_percent: float  # mean CPU use of the machine

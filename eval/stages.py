@@ -99,7 +99,10 @@ def track(comparison: Comparison) -> None:
 
 
 def conclude(comparison: Comparison) -> None:
-    """Draws the report. The command does this after each run, so that a killed comparison has a report too."""
+    """Hands ended runs to SwanLab and draws the report.
+
+    The command does this after each run, so that a comparison that is killed later has a report too.
+    """
     track(comparison)
     try:
         write_comparison_report(comparison.out)

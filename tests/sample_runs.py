@@ -1,4 +1,4 @@
-"""Folders of runs as training, evaluation and the comparison leave them, with numbers that can be checked by hand."""
+"""Writes folders of runs as training, evaluation and comparison write them, with numbers that are easy to check."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ CONFIGURATIONS = (
     "zero3",
 )
 WARM_UP = [9.0, 9.0, 9.0]
-STEADY = [1.0] * 5 + [2.0] * 7 + [4.0] * 5  # 17: quartiles 1, 2 and 4
+STEADY = [1.0] * 5 + [2.0] * 7 + [4.0] * 5  # 17 steps, whose quartiles are 1, 2 and 4
 SAMPLES = """\
 seconds,machine_cpu_percent,tree_cpu_percent,machine_used_bytes,tree_rss_bytes,tree_shared_bytes,tree_swap_bytes,\
 rank0_rss_bytes,rank1_rss_bytes
@@ -115,7 +115,7 @@ def write_configuration(folder: Path, usage: Mapping[str, Any] | None, wall_seco
 
 
 def write_comparison(folder: Path, names: Sequence[str] = CONFIGURATIONS, **changes: Any) -> None:
-    """comparison.json alone, of a machine with four cores."""
+    """Writes only comparison.json, which describes a machine with four cores."""
     folder.mkdir(parents=True, exist_ok=True)
     comparison = {
         **{"recipe": "tiny", "config": None, "overrides": ["--epochs", "1"], "interval": 0.5, "timeout": 100.0},
@@ -130,7 +130,7 @@ def write_comparison(folder: Path, names: Sequence[str] = CONFIGURATIONS, **chan
 def run(
     name: str, device: str = "cuda", stage: int | None = None, offloaded: Sequence[str] = (), **figures: Any
 ) -> Run:
-    """With these figures and nothing else."""
+    """Returns a run with these figures and no other data."""
     return Run(
         name=name,
         result={},

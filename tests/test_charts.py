@@ -1,4 +1,4 @@
-"""Charts: legible on any page, told apart without colour, and alone or together in one page."""
+"""Tests that charts are legible on any page, alone or beside others, and that their lines differ without colour."""
 
 import csv
 import itertools
@@ -46,13 +46,13 @@ def linear(colour: str) -> Any:
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2.2, "contrast ratio" and "relative luminance"."""
+    """Returns the contrast ratio of two colours, as WCAG 2.2 defines it with the relative luminance."""
     darker, lighter = sorted(float(linear(colour) @ [0.2126, 0.7152, 0.0722]) for colour in (one, other))
     return (lighter + 0.05) / (darker + 0.05)
 
 
 def lab(rgb: Any) -> Any:
-    """CIELAB of linear RGB, D65."""
+    """Converts linear RGB to CIELAB, with the white point D65."""
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     xyz = to_xyz @ np.clip(rgb, 0, 1) / [0.9505, 1.0, 1.089]
     x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
@@ -90,7 +90,7 @@ def test_text_stands_out_on_its_page() -> None:
 
 @pytest.mark.parametrize("who", SEEN_BY)
 def test_colours_stay_apart(who: str) -> None:
-    """Of seven; 10 in CIELAB is far beyond what is just noticed (2.3)."""
+    """Any two of the seven colours have a distance of more than 10 in CIELAB; people notice a distance of 2.3."""
     seen = [lab(SEEN_BY[who] @ linear(colour)) for colour in COLOURS]
     assert min(np.linalg.norm(one - other) for one, other in itertools.combinations(seen, 2)) > 10
 
@@ -127,7 +127,7 @@ def test_the_background_is_transparent() -> None:
 
 
 def test_charts_in_one_page_share_no_id() -> None:
-    """And all that is referred to is there."""
+    """Every id that an SVG refers to exists in the same SVG."""
     svgs = [to_svg(chart(name=name)) for name in ("one", "two", "three")]
     ids = [found for svg in svgs for found in re.findall(r'\bid="([^"]*)"', svg)]
     assert len(ids) == len(set(ids)) > 100
@@ -180,7 +180,7 @@ def line_points(svg: str) -> list[tuple[float, float]]:
 
 
 def test_many_points_are_drawn_as_means_and_all_stand_in_the_csv() -> None:
-    """0 and 2 in turn, ten a part of the axis: a flat line at their mean."""
+    """The points are 0 and 2 in turn, ten in each part of the axis, so the line is flat at their mean."""
     x = [number / 10 for number in range(10 * X_PARTS)]
     y = [2.0 * (number % 2) for number in range(10 * X_PARTS)]
     many = chart(series={"a": (x, y)})

@@ -1,4 +1,4 @@
-"""What eval.run asks, what it refuses, and what it leaves in the run folder."""
+"""Tests what eval.run asks, what it refuses, and what it writes into the run folder."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The folder of a finished run, as far as the evaluation looks at it."""
+    """Makes the folder of a finished run, with the files that the evaluation reads."""
     recipe = parse_recipe([])[1]
     lora = LoraConfig(task_type="CAUSAL_LM", r=recipe.lora.rank, target_modules=list(recipe.lora.target_modules))
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(ROOT / "data" / "tiny_base"), lora)

@@ -1,4 +1,4 @@
-"""Figures against sums, medians and maxima done by hand (tests/sample_runs.py has the numbers)."""
+"""Compares figures with sums, medians and maxima computed by hand from the numbers in tests/sample_runs.py."""
 
 import json
 import math
@@ -37,14 +37,14 @@ def test_a_run_too_short_to_be_steady_has_no_step_time(steps: int) -> None:
 
 
 def test_throughput_is_of_steady_steps() -> None:
-    """320 rows and 6400 tokens in 20 steps, of 2 s."""
+    """The run learns from 320 rows and 6400 tokens in 20 steps; a steady step takes 2 s."""
     figures = usage_figures(usage(), {})
     assert figures["samples_per_second"] == pytest.approx(8.0)
     assert figures["tokens_per_second"] == pytest.approx(160.0)
 
 
 def test_flops_utilisation() -> None:
-    """4 GFLOP in 20 steps of 2 s are 100 MFLOP/s: of a CPU's 400, of two GPUs' 200 each."""
+    """4 GFLOP in 20 steps of 2 s are 100 MFLOP/s. The CPU can do 400 MFLOP/s, each of the two GPUs 200 MFLOP/s."""
     cpu = usage_figures(usage(), {"matmul_peak_flops": {"cpu": 4e8}, "matmul_peak_flops_fp32": {"cpu": 1e8}})
     assert cpu["mfu"] == pytest.approx(0.25)
     gpu = usage_figures(usage(device_type="cuda"), {"matmul_peak_flops": {"cuda": 2e8}})
@@ -63,7 +63,7 @@ def test_peaks_are_of_each_rank_and_of_the_largest_rank_in_each_phase() -> None:
 
 
 def test_communication_is_a_steps_of_the_rank_with_most() -> None:
-    """Rank 0 has 80 MB in 20 steps, rank 1 has 70; what loading moved does not count."""
+    """Rank 0 moves 80 MB in 20 steps and rank 1 moves 70 MB. What the ranks move while they load does not count."""
     figures = usage_figures(usage(), {})
     assert figures["communication_bytes"] == pytest.approx(4 * MB)
     assert figures["collective_bytes"] == pytest.approx({"all_gather": 3 * MB, "reduce_scatter": 2 * MB})

@@ -1,4 +1,4 @@
-"""Verdicts and sentences, from figures written down here."""
+"""Tests verdicts and sentences that follow from figures written down here."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ TIE, SLOWER, CPU, GPU_MEMORY, GAPS, HOST_MEMORY, ACCURACY = CLAIMS
 
 
 def stages(device: str = "cuda", **figures: tuple[Any, ...]) -> list[Run]:
-    """The reference's four, each with its own of each figure."""
+    """Returns the four configurations of the reference; each figure is a tuple with one value for each of them."""
     names = (STAGE0, STAGE1, STAGE2, STAGE3)
     common: dict[str, Any] = {"steady_steps": 51, "step_uncertainty": 0.001}
     return [run(names[i], device, **common | {key: values[i] for key, values in figures.items()}) for i in range(4)]
@@ -98,7 +98,7 @@ def test_without_a_gpu_only_time_and_accuracy_are_testable() -> None:
     [(0.0, 1.0, "confirmed"), (0.0, 0.955, "confirmed"), (0.0, 0.9, "contradicted"), (0.1, 1.0, "contradicted")],
 )
 def test_accuracy_before_and_after(base: float, tuned: float, verdict: str) -> None:
-    """The base model is asked once for all."""
+    """Only one configuration has asked the base model."""
     runs = [run("one_process", base_accuracy=base, tuned_accuracy=1.0), run("zero3", tuned_accuracy=tuned)]
     assert judge(ACCURACY, runs).verdict == verdict
 
@@ -133,7 +133,7 @@ def test_the_least_memory_of_each_kind() -> None:
 
 
 def test_what_offload_costs() -> None:
-    """Against the same stage without."""
+    """The sentences compare a configuration with one of the same stage that does not offload."""
     runs = [
         timed("zero2", 1.0, stage=2, peak_bytes=1e9),
         timed("zero3", 2.0, stage=3, peak_bytes={"rank 0": 5e9}, tree_rss_bytes=1e9),

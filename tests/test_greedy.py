@@ -1,4 +1,4 @@
-"""Decoding in batches behind a shared prefix, against one prompt at a time with the whole text computed anew."""
+"""Compares decoding in batches behind a shared prefix with one prompt at a time and the whole text computed anew."""
 
 import random
 from typing import Any
@@ -20,7 +20,10 @@ MOST = 25
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """Random weights with large logits: no two tokens are nearly as likely. A small vocabulary, so that rows end."""
+    """Makes a model with random weights.
+
+    Its logits are large, so that no two tokens are nearly equally likely; its vocabulary is small, so that rows end.
+    """
     torch.manual_seed(1)
     config = AutoConfig.from_pretrained(TINY, vocab_size=24, pad_token_id=None, initializer_range=0.3)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -59,7 +62,7 @@ def short_sighted() -> Any:
 
 
 def test_a_window_shorter_than_the_prompts() -> None:
-    """Padding would push tokens out of it."""
+    """Padding would push tokens out of the window."""
     model, asked = short_sighted(), prompts(9, 6)
     assert why_not_plain_attention(model, 40)
     answered: list[int] = []
@@ -68,7 +71,7 @@ def test_a_window_shorter_than_the_prompts() -> None:
 
 
 def test_heads_by_any_name() -> None:
-    """GPT-NeoX has no keys and values of fewer heads, nor a word for them."""
+    """GPT-NeoX has as many heads for keys and values as for queries, so its configuration has no number for them."""
     torch.manual_seed(3)
     config = GPTNeoXConfig(**{**SIZES, "vocab_size": 24, "use_cache": True}, initializer_range=0.4)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -77,12 +80,15 @@ def test_heads_by_any_name() -> None:
 
 
 def test_equal_prompts(model: Any) -> None:
-    """All but the last token is shared."""
+    """All prompts share all their tokens but the last."""
     assert decode(model, [[3, 4, 5]] * 3, None, MOST, END) == [by_hand(model, [3, 4, 5])] * 3
 
 
 def test_work_is_saved(model: Any) -> None:
-    """Tokens that go through the model: the prefix once, each prompt's own, and each answer's but the last."""
+    """Counts the tokens that go through the model.
+
+    These are the prefix, once; the own tokens of each prompt; and the tokens of each answer but the last.
+    """
     asked = prompts(9)
     seen: list[int] = []
 

@@ -1,4 +1,4 @@
-"""The monitor against processes that hold and use a known amount, and against a driver that says known numbers."""
+"""Tests the monitor with processes that use known amounts, and with a driver that gives known numbers."""
 
 import contextlib
 import csv
@@ -41,7 +41,7 @@ CHILD = "import subprocess; subprocess.run([sys.executable, '-c', sys.argv[1], *
 
 @contextmanager
 def python(code: str, *words: str, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A process that has said that it is ready; it and its children are gone afterwards."""
+    """Runs a Python process that has said that it is ready; ends the process and its children afterwards."""
     process = subprocess.Popen(
         [sys.executable, "-c", f"import sys\n{code}", *words],
         env={key: value for key, value in os.environ.items() if key != "RANK"} | (env or {}),
@@ -71,7 +71,7 @@ def column(rows: list[dict[str, str]], name: str) -> list[float]:
 
 
 def proc_status(pid: int, key: str) -> int:
-    """Bytes, as the kernel's text file has it: another one than the monitor reads."""
+    """Returns the bytes that /proc/PID/status has for `key`; the monitor reads resident memory from another file."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
@@ -97,7 +97,7 @@ def test_shared_memory_is_counted_as_shared() -> None:
 
 
 def busy_share(pid: int, seconds: float) -> float:
-    """CPU seconds by wall seconds, from the scheduler's own nanoseconds."""
+    """Returns CPU seconds divided by wall seconds, from the nanoseconds that the scheduler counts."""
 
     def spent() -> float:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
@@ -108,7 +108,7 @@ def busy_share(pid: int, seconds: float) -> float:
 
 
 def test_cpu_is_what_the_scheduler_gave() -> None:
-    """Near 100 % where there is a free core; on a busy machine what is left of one."""
+    """The share is near 100 % where a core is free, and less on a busy machine."""
     with python(BURN) as process:
         tree = ProcessTree(process.pid)
         share = busy_share(process.pid, 2.0)
@@ -132,7 +132,7 @@ def test_a_grandchild_counts_and_goes_on_counting_without_its_parent() -> None:
 
 
 def test_a_process_that_ends_takes_no_cpu_time_away() -> None:
-    """What it had used is gone from /proc; the tree's utilisation is that of what is left, not below 0."""
+    """The use of an ended process is gone from /proc. The tree's use is that of the other processes, not below 0."""
     with python(CHILD, BURN) as process:
         (child,) = psutil.Process(process.pid).children()
         tree = ProcessTree(process.pid)
@@ -148,7 +148,7 @@ def test_a_process_that_ends_takes_no_cpu_time_away() -> None:
 
 
 def test_a_process_that_comes_later_counts_from_when_it_is_seen() -> None:
-    """Otherwise all that it has used since its beginning would stand in one sample of half a second."""
+    """Otherwise one sample of half a second would contain all that the process has used since it began."""
     with python(f"print('ready', flush=True); sys.stdin.readline(); {CHILD}", BURN) as process:
         tree = ProcessTree(process.pid)
         assert process.stdin is not None
@@ -177,7 +177,7 @@ def test_bytes_written_to_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("said", "rank"), [("RANK=1", 1), ("ACCELERATE_MIXED_PRECISION=bf16", 0)])
 def test_a_rank_is_the_training_and_no_helper_of_it(said: str, rank: int) -> None:
-    """A launcher says it in the environment that it gives to the training; helpers get that as well."""
+    """A launcher writes the rank into the environment of the training, and the helpers get the same environment."""
     launcher = f"import subprocess; subprocess.run(['env', {said!r}, sys.executable, '-c', *sys.argv[1:]])"
     with python(launcher, f"import sys; {CHILD}", f"import sys; {WAIT}") as process:
         (training,) = psutil.Process(process.pid).children()
@@ -255,7 +255,7 @@ def test_bad_input(arguments: list[str], said: str, capsys: pytest.CaptureFixtur
 
 
 class NoAnswer(Exception):
-    """In the place of NVML's error."""
+    """Stands in for the error of NVML."""
 
 
 def no_answer(*args: object) -> None:
@@ -263,10 +263,10 @@ def no_answer(*args: object) -> None:
 
 
 def driver(**changes: Callable[..., object]) -> SimpleNamespace:
-    """In the place of pynvml: two GPUs with numbers that can be told apart."""
+    """Returns a stand-in for pynvml, with two GPUs whose numbers all differ."""
     known: dict[str, object] = {
         "NVMLError": NoAnswer,
-        "NVML_PCIE_UTIL_TX_BYTES": 0,  # what the GPU sends
+        "NVML_PCIE_UTIL_TX_BYTES": 0,  # bytes that the GPU sends
         "NVML_PCIE_UTIL_RX_BYTES": 1,
         "nvmlInit": lambda: None,
         "nvmlDeviceGetCount": lambda: 2,

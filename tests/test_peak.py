@@ -1,4 +1,4 @@
-"""The matrix-product peak, against a product timed here and the arithmetic of its operations."""
+"""Compares the peak of a matrix product with a product that is timed here, and with the number of its operations."""
 
 import os
 import time
@@ -12,7 +12,7 @@ from eval.peak import machine, matmul_peak, measure, usable_cores
 
 
 def test_operations_are_two_for_each_of_n_cubed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each product takes 0.2 s here, the best one 0.1 s: with n = 256 that makes 2 x 256^3 / 0.1 FLOP/s."""
+    """The fastest product takes 0.1 s and the others 0.2 s; with n = 256 that makes 2 x 256^3 / 0.1 FLOP/s."""
     seconds = iter([0.2, 0.2, 0.1, *[0.2] * 100_000])
     monkeypatch.setattr(peak, "seconds_of_product", lambda left, right: next(seconds))
     assert measure("cpu", torch.float32, seconds=0.01) == pytest.approx(2 * 256**3 / 0.1)
@@ -31,7 +31,7 @@ def test_the_size_grows_until_a_product_takes_long_enough(monkeypatch: pytest.Mo
 
 
 def test_no_product_of_ours_is_faster() -> None:
-    """On one thread, which this one has all for itself or shares with others: the best of many, either way."""
+    """Both sides use one thread and count the best of many products, because other processes may use the core too."""
     torch.set_num_threads(1)
     left, right = torch.randn(512, 512), torch.randn(512, 512)
     seconds = []

@@ -1,4 +1,4 @@
-"""The pages: what stands on them, that they need nothing else, and that they are whole or not there."""
+"""Tests what stands on the pages, that they need no other file, and that they are complete or not written."""
 
 import csv
 import errno
@@ -17,6 +17,7 @@ import pytest
 
 from data.errors import UserError
 from eval.report import main, write_comparison_report, write_run_report
+from eval.reporting.markdown import markdown_table
 from tests.distributed.launching import ROOT
 from tests.sample_runs import (
     CONFIGURATIONS,
@@ -33,7 +34,7 @@ VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Texts, attributes and the rows of the tables; asserts that every element is closed."""
+    """Collects texts, attributes and the rows of the tables, and asserts that every element is closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
     def row(self, head: str, cells: int | None = None) -> list[str]:
-        """The first that begins so, and has so many more cells."""
+        """Returns the cells after `head` of the first row that begins with it, and that has so many cells."""
         found = [row[1:] for row in self.rows if row and row[0] == head and cells in (None, len(row) - 1)]
         assert found, f"no row {head!r} in {[row[0] for row in self.rows if row]}"
         return found[0]
@@ -88,7 +89,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def make_comparison(folder: Path) -> None:
-    """All seven: one_process failed, zero3 is under way, zero2 has not begun."""
+    """Writes a comparison of seven configurations: one_process failed, zero3 is under way, zero2 has not begun."""
     write_comparison(folder)
     write_configuration(folder / "one_process", None, 3.0, status="failed", reason="out of memory: 1 GB")
     for number, name in enumerate(CONFIGURATIONS[1:5]):
@@ -101,7 +102,7 @@ def make_comparison(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison with its report, to look at only."""
+    """Makes a comparison with its report, which tests must not change."""
     folder = tmp_path_factory.mktemp("written") / "stages"
     make_comparison(folder)
     write_comparison_report(folder)
@@ -194,7 +195,7 @@ def test_four_charts_and_the_losses(written: Path) -> None:
 
 
 def test_a_machine_with_gpus(tmp_path: Path) -> None:
-    """Two of them, in the two configurations of a comparison of two."""
+    """The machine has two GPUs, and the comparison has two configurations."""
     write_comparison(tmp_path, ["zero2", "zero3"], matmul_peak_flops={"cuda": 2e8})
     for name in ("zero2", "zero3"):
         write_configuration(tmp_path / name, usage(device_type="cuda", memory_of="CUDA allocator"), 10.0)
@@ -321,7 +322,7 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
 
 
 def test_a_run_of_which_there_is_only_a_line(tmp_path: Path) -> None:
-    """No usage.json, no evaluation, no validation, no versions."""
+    """The run has no usage.json, no evaluation, no validation and no versions."""
     run = tmp_path / "mine"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 10.2, "train/grad_norm": null}\n{"step": 2, "tra')
@@ -410,7 +411,7 @@ def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> No
 def test_a_full_disk_leaves_the_old_files_whole(
     writes: int, comparison: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is full at the first, at one, and at the last of the eleven files."""
+    """The disk is full at the first, at the sixth, and at the last of the eleven files."""
     write_comparison_report(comparison)
     (comparison / "zero3" / "run" / "metrics.jsonl").write_text('{"step": 7, "train/loss": 1.0}\n')
     before = {path: path.read_bytes() for path in comparison.rglob("*") if path.is_file()}
@@ -431,8 +432,12 @@ def test_a_full_disk_leaves_the_old_files_whole(
     assert {path: path.read_bytes() for path in comparison.rglob("*") if path.is_file()} == before
 
 
+def test_a_markdown_table_has_a_rule_under_its_head() -> None:
+    assert markdown_table(["", "a"], [["x", "1"], ["y", ""]]) == "| | a |\n|---|---|\n| x | 1 |\n| y | |"
+
+
 def test_it_starts_without_what_trains() -> None:
-    """A training runs it at its end, and its command starts in a moment."""
+    """The command starts quickly because it imports nothing that only a training needs."""
     script = "import sys, eval.report; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "deepspeed", "accelerate", "peft", "matplotlib.pyplot"} & set(

@@ -1,4 +1,4 @@
-"""The vLLM backend against a stand-in with vLLM's interface; the real one needs a GPU."""
+"""Tests the vLLM backend with a stand-in that has the interface of vLLM, because vLLM itself needs a GPU."""
 
 import json
 import sys

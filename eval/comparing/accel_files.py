@@ -35,7 +35,10 @@ class Configuration:
 
 
 def read_configurations(files: list[str]) -> tuple[Configuration, ...]:
-    """Raises UserError for a file that cannot be read, or that asks for more than one machine."""
+    """Returns the configurations of these files, or of DEFAULT_CONFIGURATIONS when there are none.
+
+    Raises UserError for a file that cannot be read, or that asks for more than one machine.
+    """
     used = Counter(TAKEN)
     configurations = []
     for file in files or [f"accel_configs/{name}.yaml" for name in DEFAULT_CONFIGURATIONS]:
