@@ -334,6 +334,7 @@ run_command([sys.executable, "-c", sys.argv[1]], Path(sys.argv[2]), sys.argv[2],
 """
 
 
+@pytest.mark.launches
 def test_so_does_the_death_of_the_comparison(tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = subprocess.Popen([sys.executable, "-c", RUN_STUBBORN, STUBBORN, str(log)])

@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks.launching import run_to_end
 from benchmarks.turns import spread, take_turns
-from eval.reporting.markdown import markdown_table
 from loop.recipe import ROOT
 
 CONTENDER = """
@@ -68,10 +67,6 @@ def test_one_that_does_not_start_is_named() -> None:
 def test_spread() -> None:
     assert spread([3.0, 1.0, 2.5]) == "2.5 (1 to 3)"
     assert spread([6710.0, 998.0, 12345.6]) == "6,710 (998 to 12,346)"
-
-
-def test_markdown_table() -> None:
-    assert markdown_table(["", "a"], [["x", "1"], ["y", ""]]) == "| | a |\n|---|---|\n| x | 1 |\n| y | |"
 
 
 def test_a_launch_starts_from_a_clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
