@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 BEGUN = "PLAINLOOP_BEGUN"  # environment variable: time.time() when the launcher was started
-PARTS = {  # a part ends when this function of loop/train.py has returned
+END_OF_PART = {  # a part ends when this function of loop/train.py has returned
     "rows and model checked": "check_model",
     "accelerator": "build_accelerator",
     "model": "build_optimizer",
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
         return call
 
-    for part, name in PARTS.items():
+    for part, name in END_OF_PART.items():
         setattr(loop.train, name, timed(part, getattr(loop.train, name)))
     loop.train.main(argv)
 

@@ -21,7 +21,8 @@ from benchmarks.turns import Turns
 from benchmarks.workload import load_rows, lora_config
 from data.batch import epoch_order, windows
 from data.examples import Example
-from loop.measure.phases import ACCOUNT, STEP
+from loop.measure.phase_names import STEP_PHASES
+from loop.measure.phases import ACCOUNT
 from loop.model.build import Data, adapt, set_checkpointing, set_layout
 from loop.step import summed_nll
 
@@ -110,7 +111,7 @@ def bare(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> Non
 
 def cost_of_step() -> dict[str, float]:
     """Returns what this rank's steps have cost so far: collectives and their bytes a step, and the peak bytes."""
-    costs = [ACCOUNT.costs[phase] for phase in STEP if phase in ACCOUNT.costs]
+    costs = [ACCOUNT.costs[phase] for phase in STEP_PHASES if phase in ACCOUNT.costs]
     traffic = [each for cost in costs for each in cost.collectives.values()]
     steps = len(ACCOUNT.step_seconds) + 1
     return {

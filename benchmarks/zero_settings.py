@@ -23,12 +23,12 @@ from benchmarks.docs_section import write_section
 from benchmarks.launching import CONFIGS, launch_command, run_to_end
 from benchmarks.workload import TINY
 from eval.reporting.markdown import markdown_table
+from loop.measure.phase_names import STEP_PHASES
 from loop.recipe import ROOT
 
 COMMAND = "python -m benchmarks.zero_settings"
 HIDDEN, INTERMEDIATE, LAYERS = 512, 2048, 16
 STEPS, WARM_UP = 10, 3
-STEP_PHASES = ("forward", "backward", "update")
 EVERYTHING = 1_000_000_000  # DeepSpeed's default for two sizes, in elements; this model has fewer
 SHARE = 4_100_000  # the share of this model that the default is of Qwen2.5-14B: 6.8 %
 SMALL = 88_000  # elements; a sixteenth of the weights that are trained
@@ -164,13 +164,13 @@ def cost(usage: dict[str, Any]) -> Cost:
     steps = usage["last_step"] - usage["first_step"]
     phases = usage["ranks"][0]["phases"]
     collectives: dict[str, tuple[float, float]] = {}
-    for phase in ("data", *STEP_PHASES):
+    for phase in STEP_PHASES:
         for kind, traffic in phases.get(phase, {}).get("collectives", {}).items():
             count, size = collectives.get(kind, (0.0, 0.0))
             collectives[kind] = (count + traffic["count"] / steps, size + traffic["bytes"] / steps)
     return Cost(
         seconds=median(usage["step_seconds"][WARM_UP:]),
-        peak_bytes=max(phases[phase]["peak_bytes"] or 0 for phase in STEP_PHASES),
+        peak_bytes=max(phases[phase]["peak_bytes"] or 0 for phase in STEP_PHASES if phase != "data"),
         collectives=collectives,
     )
 

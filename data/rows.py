@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from data.errors import UserError
 
-SHOWN = 10  # an error shows this many bad rows
+SHOWN_PROBLEMS = 10  # an error shows this many bad rows
 BEHIND = tuple(" \t\r\n,]")  # one of these characters follows a value in an array
 CHUNK = 2**20  # at least this many characters of a JSON array are read at once
 
@@ -36,14 +36,14 @@ class Problems:
         self.total += 1
         if problem:
             self.count += 1
-            if len(self.first) < SHOWN:
+            if len(self.first) < SHOWN_PROBLEMS:
                 self.first.append(problem)
 
     def fail(self, path: Path) -> None:
         """Raises UserError if there is any problem."""
         if self.count:
             shown = "\n".join(f"  {problem}" for problem in self.first)
-            more = f"\n  … and {self.count - SHOWN} more" if self.count > SHOWN else ""
+            more = f"\n  … and {self.count - SHOWN_PROBLEMS} more" if self.count > SHOWN_PROBLEMS else ""
             raise UserError(
                 f"{path}: {self.count} of {self.total} rows are bad; correct or remove them:\n{shown}{more}"
             )

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from eval.reporting.run_summary import PHASES, Run, measured
+from eval.reporting.run_summary import Run, measured
+from loop.measure.phase_names import PHASES
 
 # The first four are the blue, vermilion, green and purple of Okabe and Ito. Their other four colours are hard to see on
 # a white or a black page. The last three here have a contrast of 3:1 on both, and protanopes and deuteranopes can tell

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from eval.reporting.run_files import Columns, number, read_columns, read_jsonl, read_metrics, read_object, reading
+from loop.measure.phase_names import PHASES, STEP_PHASES
 
-STEP_PHASES = ("data", "forward", "backward", "update")
-PHASES = ("start", "load", *STEP_PHASES, "validate", "save", "other")
 GPU_IN_USE = 50e6  # bytes; a GPU whose memory grows by more is in use, because a CUDA context alone takes more
 BUSY = 50.0  # per cent of utilisation; a GPU below this mostly waits
 

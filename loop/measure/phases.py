@@ -10,16 +10,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from data.batch import Window
 from loop.measure.flops import Batch, count
 from loop.measure.memory import peak_memory
+from loop.measure.phase_names import STEP_PHASES, Phase
 
-Phase = Literal["start", "load", "data", "forward", "backward", "update", "validate", "save", "other"]
-STEP: tuple[Phase, ...] = ("data", "forward", "backward", "update")
 COLLECTIVES = (
     *("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor"),
     *("broadcast", "reduce", "gather", "scatter", "all_to_all", "all_to_all_single"),
@@ -75,7 +74,7 @@ class Account:
         self.mark = mark
         cost.count += phase != before
         cost.peak_bytes = _larger(cost.peak_bytes, peak_memory())
-        if before in STEP:
+        if before in STEP_PHASES:
             self.this_step += now - self.begun
         self.phase, self.begun = phase, now
         return before
