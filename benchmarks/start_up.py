@@ -13,13 +13,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.launching import CONFIGS, launch_command, run_to_end
+from benchmarks.launching import CONFIGS, run_to_end
 from benchmarks.start_up_worker import BEGUN
 from benchmarks.turns import spread, write_results
+from eval.comparing.launch import accelerate_command
 from eval.reporting.markdown import markdown_table
 from loop.guard.process import exit_codes
 
-AS_TYPED = ("accelerate.commands.accelerate_cli", "launch")  # the shell command `accelerate launch` runs this module
 STARTED = ("one_process", "zero0", "zero3")
 ABOUT = """Seconds of rank 0, the embedded model and the reference's rows, the extensions built and the files in the
 page cache; the configurations take turns; medians, and the range of the whole."""
@@ -27,7 +27,7 @@ page cache; the configurations take turns; medians, and the range of the whole."
 
 def parts_of_start(config: str) -> dict[str, float]:
     """Starts a training with `config` and returns the seconds that each part of its start takes."""
-    command = launch_command(CONFIGS / f"{config}.yaml", AS_TYPED)
+    command = accelerate_command(CONFIGS / f"{config}.yaml")
     command += ["--module", "benchmarks.start_up_worker", "--config", "loop/recipes/tiny.yaml"]
     with tempfile.TemporaryDirectory() as folder:
         command += ["--run_dir", str(Path(folder) / "run")]

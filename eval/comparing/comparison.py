@@ -15,6 +15,7 @@ from data.batch import num_windows
 from data.errors import UserError
 from eval.comparing.accel_files import Configuration, read_configurations
 from eval.files import user_error
+from eval.nested import without_nesting
 from eval.peak import machine, matmul_peak
 from loop.batch_arithmetic import settle_accumulation
 from loop.model.build import build_data, build_tokenizer, check_model
@@ -131,7 +132,7 @@ def _check_same(comparison: Comparison) -> None:
         if configuration.name in known["accel_values"]:
             now[configuration.name] = configuration.values
             there[configuration.name] = known["accel_values"][configuration.name]
-    _refuse_differences(comparison, _flat(there), _flat(now))
+    _refuse_differences(comparison, without_nesting(there), without_nesting(now))
 
 
 def check_machine(comparison: Comparison) -> dict[str, Any]:
@@ -140,7 +141,9 @@ def check_machine(comparison: Comparison) -> dict[str, Any]:
     there = comparison.known.get("machine", here)
     keys = ("cpu", "cores", "gpus")
     _refuse_differences(
-        comparison, _flat({key: there.get(key) for key in keys}), _flat({key: here[key] for key in keys})
+        comparison,
+        without_nesting({key: there.get(key) for key in keys}),
+        without_nesting({key: here[key] for key in keys}),
     )
     return here
 
@@ -151,16 +154,6 @@ def _refuse_differences(comparison: Comparison, there: dict[str, Any], now: dict
     if differing:
         lines = "\n".join(f"  {key}: {there.get(key)} there, {now.get(key)} now" for key in differing)
         raise UserError(f"--out {comparison.out}: holds a comparison of something else:\n{lines}\nName another folder.")
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns nested dictionaries as one dictionary with keys like `optim.lr`."""
-    if not isinstance(values, dict):
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}.{key}".lstrip("."))
-    return flat
 
 
 def check_recipe(comparison: Comparison) -> int:

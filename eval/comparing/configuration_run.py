@@ -12,7 +12,7 @@ import psutil
 
 from eval.comparing.accel_files import Configuration
 from eval.comparing.comparison import Comparison, write_whole
-from eval.comparing.launch import end_processes, failure_reason, read_from, run_command
+from eval.comparing.launch import accelerate_command, end_processes, failure_reason, read_from, run_command
 from eval.comparing.progress import Progress
 from eval.files import user_error
 from eval.monitor import Monitor, Sampling
@@ -45,8 +45,7 @@ def training_command(comparison: Comparison, configuration: Configuration, run: 
 
     The command sets grad_accum_steps so that all configurations learn from the same effective batch.
     """
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", configuration.file, "--main_process_port", "0", str(TRAIN), *comparison.recipe_argv]
+    command = [*accelerate_command(configuration.file), str(TRAIN), *comparison.recipe_argv]
     accumulated = comparison.grad_accum_steps(configuration)
     if accumulated != comparison.recipe.grad_accum_steps:
         command += ["--grad_accum_steps", str(accumulated)]

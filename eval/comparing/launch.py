@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+AS_TYPED = ("accelerate.commands.accelerate_cli", "launch")  # the shell command `accelerate launch` runs this module
 LAUNCHER_VARIABLES = (
     "ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_"
 )  # fmt: skip
@@ -31,6 +32,14 @@ OF_LAUNCHERS = ("ChildFailedError", "CalledProcessError")  # launchers say only 
 def clean_environment() -> dict[str, str]:
     """Returns the environment of this process without the variables that a launcher would have set."""
     return {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_VARIABLES)}
+
+
+def accelerate_command(config: str | Path, launcher: Sequence[str] = AS_TYPED) -> list[str]:
+    """Returns the command that launches with the accelerate YAML `config` at a free port; a script has to follow it.
+
+    `launcher` is the module that Python runs, with the arguments that come first.
+    """
+    return [sys.executable, "-m", *launcher, "--config_file", str(config), "--main_process_port", "0"]
 
 
 def run_command(

@@ -4,6 +4,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from eval.nested import without_nesting
 from eval.reference import PUBLISHED, PUBLISHED_ANSWERS, STAGE1, STAGES
 from eval.reporting.charts import Chart, loss_charts, metric_chart, phase_chart, sample_chart
 from eval.reporting.conclusions import NOT_MEASURED, RULES, conclusions, sentences
@@ -158,26 +159,17 @@ def answers_table(runs: Sequence[Run]) -> Table:
     return Table("Before and after training", ["", *columns], rows)
 
 
-def settings(values: Any, prefix: str = "") -> dict[str, str]:
-    """Returns nested settings, a recipe for example, as one dictionary of texts with keys like `optim.lr`."""
-    if isinstance(values, list) and any(isinstance(value, dict) for value in values):
-        values = dict(enumerate(values))
-    if not isinstance(values, dict):
-        shown = values if isinstance(values, list) else [values]
-        return {
-            prefix: ", ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown) or "none"
-        }
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        flat |= settings(value, f"{prefix}.{key}".lstrip("."))
-    return flat
+def setting(value: Any) -> str:
+    """Returns the value of one setting as text."""
+    shown = value if isinstance(value, list) else [value]
+    return ", ".join(f"{each:.4g}" if isinstance(each, float) else str(each) for each in shown) or "none"
 
 
 def settings_table(caption: str, columns: Mapping[str, Any], folded: bool = False) -> Table:
     """Returns a table with a column for each value of `columns`, and a row for each setting in them."""
-    flat = {name: settings(values) for name, values in columns.items() if values}
+    flat = {name: without_nesting(values, open_lists=True) for name, values in columns.items() if values}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
-    rows = [[key, *(values.get(key, ABSENT) for values in flat.values())] for key in keys]
+    rows = [[key, *(setting(values[key]) if key in values else ABSENT for values in flat.values())] for key in keys]
     return Table(caption, ["", *flat], rows, folded, words=True)
 
 
