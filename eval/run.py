@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data.chat import render_prompt, user_text
 from data.errors import UserError
 from data.rows import Problems, Row, read_rows
-from eval.answers.generate import generate, load_model, load_tokenizer, timed
+from eval.answers.generate import generate, load_model, timed
 from eval.answers.vllm_backend import ask_vllm, check_vllm
 from eval.check import Verdict, check_answer, number_asked
 from eval.files import user_error
@@ -34,6 +34,7 @@ from eval.reporting.markdown import markdown_table
 from loop.guard.process import RunError, end_process, exit_codes
 from loop.measure.memory import memory_in_use, peak_memory
 from loop.model.build import build_tokenizer, check_model
+from loop.model.opening import open_tokenizer
 from loop.recipe import ROOT, find_model, find_path, parse_recipe
 from loop.saving.checkpoint import ADAPTER, first_difference
 from loop.saving.run_folder import write_json
@@ -93,7 +94,7 @@ def ask(question: Question) -> Asked:
         # peak_memory() and timed() look at the current GPU.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     peak_memory()  # the peak counts from here on
-    tokenizer = load_tokenizer(question.model, question.trust_remote_code)
+    tokenizer = open_tokenizer(question.model, question.trust_remote_code)
     model = load_model(question.model, question.adapter, question.merge, question.trust_remote_code)
     peak_load = peak_memory()
     prompts = [render_prompt(user_text(row), question.system_prompt, tokenizer) for row in question.rows]

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from data.chat import render_prompt
 from data.sums import SYSTEM_PROMPT
-from eval.answers.generate import generate, load_model, load_tokenizer
+from eval.answers.generate import generate, load_model
+from loop.model.opening import open_tokenizer
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny_base")
 WORDS = ("复述:大丫", "7=", "把1253拆成两个数的和", "3加5是多少?", "回答用「好」开头:把9拆成两个数的和", "1999=")
@@ -49,7 +50,7 @@ def one_by_one(model: Any, tokenizer: Any, prompt: str, most: int) -> list[int]:
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_batched_is_one_by_one(adapter: Path, merge: bool) -> None:
-    tokenizer = load_tokenizer(TINY)
+    tokenizer = open_tokenizer(TINY)
     model = load_model(TINY, adapter, merge)
     prompts = [render_prompt(words, SYSTEM_PROMPT, tokenizer) for words in WORDS]
     expected = [one_by_one(model, tokenizer, prompt, 40) for prompt in prompts]
@@ -60,7 +61,7 @@ def test_batched_is_one_by_one(adapter: Path, merge: bool) -> None:
 
 
 def test_merging_changes_nothing(adapter: Path) -> None:
-    ids = torch.tensor([load_tokenizer(TINY)("复述:大丫")["input_ids"]])
+    ids = torch.tensor([open_tokenizer(TINY)("复述:大丫")["input_ids"]])
     with torch.no_grad():
         models = (load_model(TINY), load_model(TINY, adapter, merge=True), load_model(TINY, adapter, merge=False))
         base, merged, unmerged = (model(ids.to(model.device)).logits for model in models)
@@ -69,7 +70,7 @@ def test_merging_changes_nothing(adapter: Path) -> None:
 
 
 def test_progress_and_cut_off() -> None:
-    tokenizer = load_tokenizer(TINY)
+    tokenizer = open_tokenizer(TINY)
     seen: list[int] = []
     answers, num_tokens = generate(load_model(TINY), tokenizer, ["复", "述", "大"], 2, 1, seen.append)
     assert seen == [2, 1]

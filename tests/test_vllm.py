@@ -12,8 +12,8 @@ from data.chat import render_prompt
 from data.errors import UserError
 from data.rows import Row
 from data.sums import SYSTEM_PROMPT
-from eval.answers.generate import load_tokenizer
 from eval.run import Question, ask, parse
+from loop.model.opening import open_tokenizer
 from tests.equality import TINY
 
 ROWS = [Row(1, "1802=", "", "x"), Row(2, "7=", "", "x")]
@@ -50,7 +50,7 @@ def test_asks_vllm(tmp_path: Path, rank: int, room: int) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
     question = Question("tuned", str(TINY), tmp_path, True, False, SYSTEM_PROMPT, ROWS, None, 9, backend="vllm")
     answer = ask(question)
-    tokenizer = load_tokenizer(str(TINY))
+    tokenizer = open_tokenizer(str(TINY))
     options, prompts, sampling, adapter = asked[0]
     assert options["max_lora_rank"] == room
     assert options["enable_lora"] is True

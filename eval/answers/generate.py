@@ -10,17 +10,12 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.answers.greedy import OnAnswered, decode
+from loop.model.opening import open_base_model
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses old names of transformers
-
-
-def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
 
 
 def load_model(
@@ -33,13 +28,8 @@ def load_model(
     """
     transformers.utils.logging.disable_progress_bar()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        name_or_path,
-        dtype="auto",
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,  # the other format is pickle, which can run code
-        device_map={"": device},  # the weights go straight to the device, without a copy in host memory
-    )
+    # With device_map the weights go straight to the device, without a copy in host memory.
+    model = open_base_model(name_or_path, trust_remote_code, dtype="auto", device_map={"": device})
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
         if merge:

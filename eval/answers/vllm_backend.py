@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from data.chat import render_prompt, user_text
 from data.errors import UserError
 from data.rows import Row
-from eval.answers.generate import load_tokenizer, timed
+from eval.answers.generate import timed
+from loop.model.opening import open_tokenizer
 
 
 class VllmQuestion(Protocol):
@@ -53,7 +54,7 @@ def check_vllm(verify: int, no_merge: bool) -> None:
 def ask_vllm(question: VllmQuestion) -> tuple[list[str], int, float]:
     """Returns the greedy answers in the order of the rows, the number of generated tokens, and the seconds."""
     vllm: Any = importlib.import_module("vllm")
-    tokenizer = load_tokenizer(question.model, question.trust_remote_code)
+    tokenizer = open_tokenizer(question.model, question.trust_remote_code)
     engine = vllm.LLM(
         model=question.model,
         trust_remote_code=question.trust_remote_code,

@@ -10,7 +10,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data.chat import encode_rows
 from data.errors import UserError
@@ -24,6 +24,7 @@ from loop.measure.phases import measured
 from loop.model.attention import BY_ROW
 from loop.model.head import PeftModelWithLoss
 from loop.model.lora import use_fused_lora
+from loop.model.opening import open_base_model, open_tokenizer
 from loop.recipe import Recipe, find_model, find_path
 
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -44,10 +45,9 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     name = find_model(recipe.model.name_or_path)
     said = f"model.name_or_path {name}: no tokenizer could be opened"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.model.trust_remote_code)
+        tokenizer = open_tokenizer(name, recipe.model.trust_remote_code)
     except Exception as error:  # a damaged file may raise any exception
         raise UserError(f"{said}: {_reason(error)}") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made an empty one
         raise UserError(f"{said}: its files are missing. Copy the model anew.")
     return tokenizer
@@ -133,13 +133,8 @@ def adapt(base: Any, config: LoraConfig, autocast_adapter_dtype: bool) -> PeftMo
 
 def _open_model(recipe: Recipe, **how: Any) -> Any:
     """Opens the recipe's base model; `how` are further arguments of from_pretrained."""
-    return AutoModelForCausalLM.from_pretrained(
-        find_model(recipe.model.name_or_path),
-        attn_implementation=recipe.model.attn_implementation,
-        trust_remote_code=recipe.model.trust_remote_code,
-        use_safetensors=True,  # the other format is pickle, which can run code
-        **how,
-    )
+    model, name = recipe.model, find_model(recipe.model.name_or_path)
+    return open_base_model(name, model.trust_remote_code, attn_implementation=model.attn_implementation, **how)
 
 
 def _lora_config(recipe: Recipe) -> LoraConfig:
