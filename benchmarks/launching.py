@@ -15,7 +15,7 @@ TIMEOUT = 600.0  # seconds; a training that takes longer hangs
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that has ended: its exit code, and what it wrote to stdout and stderr."""
+    """Holds the exit code of a command that has ended, and what the command wrote to stdout and stderr."""
 
     code: int
     output: str

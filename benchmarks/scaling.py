@@ -35,7 +35,7 @@ of an epoch. Memory is what the process takes beyond a run of a thousand rows.""
 
 @dataclass(frozen=True)
 class Point:
-    """One training of a line: the size that the line changes has the value `value`, the other sizes are usual."""
+    """Describes one training of a line. The line changes one size, which is `value` here; the other sizes are usual."""
 
     value: int
     shape: Shape = COMPUTE_BOUND

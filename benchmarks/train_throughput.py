@@ -44,7 +44,7 @@ AGAINST = ("trainer checkpointed", "trainer kept", "trl checkpointed", "trl kept
 
 @dataclass(frozen=True)
 class Contender:
-    """One of those that train in turns: a kind of benchmarks/train_worker.py and what it is told."""
+    """Describes one of the trainings that take turns: a kind of benchmarks/train_worker.py, and its options."""
 
     kind: str
     checkpointing: str

@@ -25,7 +25,7 @@ START = 600.0  # a contender has to be ready within these seconds
 
 @dataclass
 class Measured:
-    """What one contender took and said; the first turn is left out."""
+    """Holds what one contender took and said, without its first turn."""
 
     seconds: list[float] = field(default_factory=list)  # one number for each turn
     notes: dict[str, Any] = field(default_factory=dict)  # what the contender said after its last turn
@@ -36,7 +36,7 @@ class Measured:
 
 
 class Turns:
-    """The contender's side of taking turns: it calls `before_step` and `after_step` around each of its steps."""
+    """Makes a contender wait for its turns. The contender calls `before_step` and `after_step` around each step."""
 
     def __init__(self, steps: int) -> None:
         self.connection = Client(os.environ[ADDRESS], family="AF_UNIX")

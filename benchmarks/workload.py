@@ -29,7 +29,7 @@ SHARED, PROMPT, ANSWER = 20, 10, 19
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Qwen2 model."""
+    """Gives the sizes of a Qwen2 model."""
 
     hidden: int = 768
     intermediate: int = 2624

@@ -51,7 +51,7 @@ STAGES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A stage with one setting changed; without a setting it is the default of its stage."""
+    """Describes a stage with one setting changed. A variant without a setting is the default of its stage."""
 
     stage: str
     setting: str = ""
@@ -63,7 +63,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run costs.
+    """Says what one run costs.
 
     `seconds` is the median of the steady steps. `collectives` maps each kind of collective to how many of them, and
     how many bytes in them, rank 0 sends in a step.

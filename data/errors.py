@@ -1,5 +1,5 @@
-"""The error that every room of this project raises for a user's mistake."""
+"""Defines the error that every folder of this project raises for a user's mistake."""
 
 
 class UserError(ValueError):
-    """A user's mistake: its text says what is wrong, where, and how to correct it. The exit code is 2."""
+    """Says what a user did wrong, where, and how to correct it. A command that fails with it has the exit code 2."""

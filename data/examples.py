@@ -18,7 +18,7 @@ NUMBERS = "q"  # the type code of 8 bytes
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized row: the prompt, which is only read, and the answer, which is learned."""
+    """Holds one tokenized row: the model reads the prompt and learns the answer."""
 
     row: int  # the row's number in its file
     prompt_ids: list[int]
@@ -26,12 +26,12 @@ class Example:
 
     @property
     def length(self) -> int:
-        """The number of tokens in the prompt and the answer together."""
+        """Counts the tokens of the prompt and the answer together."""
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
 class Examples(Sequence[Example]):
-    """A sequence of examples in a temporary file, which disappears with the process; each access reads one example.
+    """Keeps examples in a temporary file, which disappears with the process; each access reads one example.
 
     The file is read by position and not mapped into memory, so that an example that was read does not stay in this
     process's memory. The constructor raises UserError when the file cannot be written.
@@ -59,12 +59,12 @@ class Examples(Sequence[Example]):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """The number of tokens in each example, prompt and answer together."""
+        """Counts the tokens of each example, prompt and answer together."""
         return np.diff(self._ends)
 
     @property
     def answer_lengths(self) -> NDArray[np.int64]:
-        """The number of tokens in each answer."""
+        """Counts the tokens of each answer."""
         return self.lengths - self.prompt_lengths
 
     def __len__(self) -> int:

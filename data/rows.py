@@ -16,7 +16,7 @@ CHUNK = 2**20  # at least this many characters of a JSON array are read at once
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file. `number` counts from 1 the elements of a JSON array or the lines of a JSONL file."""
+    """Holds one row of a file. `number` counts from 1 the elements of a JSON array or the lines of a JSONL file."""
 
     number: int
     instruction: str
@@ -155,7 +155,7 @@ def _no_array(path: Path, said: str, line: int = 0, column: int = 0) -> UserErro
 
 
 class _Text:
-    """The text of a file; only the part that is being decoded is in memory."""
+    """Reads the text of a file; only the part that is being decoded is in memory."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file, self.text, self.at = file, "", 0

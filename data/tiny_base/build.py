@@ -32,7 +32,7 @@ SLICE = 32  # the model computes this many rows at once
 
 @dataclass(frozen=True)
 class Course:
-    """A part of the training with a learning-rate curve of its own.
+    """Describes a part of the training, which has a learning-rate curve of its own.
 
     The learning rate rises over the first 1 % of the steps, then stays, and falls linearly over the last `fall` (0..1)
     of the steps. `shares` says how much of a batch each lesson has, in the order of lessons.LESSONS; its key is the
