@@ -1,4 +1,4 @@
-"""What eval.stages plans, refuses and says; tests/distributed/test_comparison.py has the real runs."""
+"""Tests what eval.stages plans, refuses and says; tests/distributed/test_comparison.py starts real runs."""
 
 import json
 import os
@@ -24,6 +24,7 @@ from eval.comparing.progress import Progress, last_step
 from eval.peak import machine
 from eval.run import parse as eval_parse
 from loop.recipe import ROOT
+from tests.sample_runs import CONFIGURATIONS
 
 DEBUG = str(ROOT / "loop" / "recipes" / "debug.yaml")
 ZERO3 = str(ROOT / "accel_configs" / "zero3.yaml")
@@ -35,7 +36,7 @@ def planned(tmp_path: Path, *words: str) -> Comparison:
 
 
 def accel(tmp_path: Path, name: str, **changes: Any) -> str:
-    """An accelerate YAML as zero3's but for `changes`."""
+    """Writes an accelerate YAML that differs from zero3's in `changes`, and returns its path."""
     file = tmp_path / f"{name}.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(Path(ZERO3).read_text()) | changes))
     return str(file)
@@ -43,15 +44,7 @@ def accel(tmp_path: Path, name: str, **changes: Any) -> str:
 
 def test_the_default_is_the_baseline_the_references_four_and_no_offload(tmp_path: Path) -> None:
     names = [configuration.name for configuration in planned(tmp_path).configurations]
-    assert names == [
-        "one_process",
-        "reference-stage0",
-        "reference-stage1",
-        "reference-stage2_offload",
-        "reference-stage3_offload",
-        "zero2",
-        "zero3",
-    ]
+    assert names == list(CONFIGURATIONS)
     assert len(names) == len(DEFAULT_CONFIGURATIONS)
 
 
@@ -63,7 +56,7 @@ def test_names_are_unique(tmp_path: Path) -> None:
 
 
 def test_all_learn_from_the_same_batch(tmp_path: Path) -> None:
-    """Two rows, accumulated twice, on the most processes of the list: 6 x 2 x 2 = 24 rows a step."""
+    """A step has 24 rows: the largest number of processes, 6, times two micro-batches of two rows."""
     files = {n: accel(tmp_path, f"on{n}", num_processes=n) for n in (1, 2, 3, 4, 6)}
     comparison = planned(tmp_path, "--accel", *files.values())
     accumulated = {c.num_processes: comparison.grad_accum_steps(c) for c in comparison.configurations}
@@ -157,7 +150,7 @@ def test_bad_input(
 
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a comparison of zero3 and one process."""
+    """Makes the folder of a comparison of zero3 and one process."""
     monkeypatch.setattr("eval.comparing.comparison.matmul_peak", lambda: {"cpu": {"bf16": 2e11, "fp32": 1e11}})
     comparison = planned(tmp_path, "--accel", ZERO3, ONE)
     with only_one(comparison):
@@ -314,7 +307,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_time_out_ends_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that does not heed SIGTERM too, and one in a session of its own, as launchers start them."""
+    """One process ignores SIGTERM, and one has a session of its own, as the ranks of a launcher have."""
     monkeypatch.setattr(
         "eval.comparing.launch.GUARD", f"import eval.comparing.launch; eval.comparing.launch.GRACE = 0.5; {GUARD}"
     )
@@ -360,7 +353,7 @@ def test_a_command_gets_nothing_of_another_launcher(tmp_path: Path, monkeypatch:
 
 
 def test_the_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """20 s to the first step, then 1 s a step: 80 more steps, then four runs of 200 s."""
+    """Step 10 is seen after 20 s, and each later step takes 1 s: 80 more steps are left, then four runs of 200 s."""
     clock = 0.0
     monkeypatch.setattr("eval.comparing.progress.time.monotonic", lambda: clock)
     metrics = tmp_path / "metrics.jsonl"
@@ -399,7 +392,7 @@ def test_only_whole_lines_of_metrics_count(tmp_path: Path) -> None:
 
 
 def test_the_recipes_rows_of_a_step_are_those_of_every_configuration(tmp_path: Path) -> None:
-    """32 rows in micro-batches of 16, whatever the largest number of processes in the list."""
+    """A step has 32 rows in micro-batches of 16, whatever the largest number of processes in the list is."""
     out = ["--out", str(tmp_path / "rows"), "--accel", accel(tmp_path, "on1", num_processes=1), ZERO3]
     comparison = stages.parse(out)[0]
     assert comparison.rows_per_step == 32

@@ -1,4 +1,4 @@
-"""The embedded model is what its card says: small, opened by path, and blind to the task."""
+"""Tests that the embedded model is what its card says: it is small, opens by path, and cannot solve the task."""
 
 import random
 import re
