@@ -19,7 +19,7 @@ from eval import stages
 from eval.comparing.accel_files import DEFAULT_CONFIGURATIONS, read_configurations
 from eval.comparing.comparison import Comparison, only_one, write_comparison, write_whole
 from eval.comparing.configuration_run import is_done, training_command
-from eval.comparing.launch import GUARD, failure_reason, run_command
+from eval.comparing.launch import GUARD, MARK, end_processes, failure_reason, run_command
 from eval.comparing.progress import Progress, last_step
 from eval.peak import machine
 from eval.run import parse as eval_parse
@@ -322,7 +322,7 @@ def test_a_time_out_ends_all_processes(tmp_path: Path, monkeypatch: pytest.Monke
 RUN_STUBBORN = """
 import sys
 from pathlib import Path
-from eval.comparing.launch import run_command
+from eval.comparing.launch import GUARD, MARK, end_processes, failure_reason, run_command
 run_command([sys.executable, "-c", sys.argv[1]], Path(sys.argv[2]), sys.argv[2], 1000.0, lambda pid: None)
 """
 
@@ -341,6 +341,22 @@ def test_so_does_the_death_of_the_comparison(tmp_path: Path) -> None:
     while alive(child) or alive(parent):
         assert time.monotonic() < deadline, "a process stayed behind"
         time.sleep(0.1)
+
+
+def test_the_end_of_a_command_ends_no_other_of_its_configuration(tmp_path: Path) -> None:
+    """The guard of a comparison that was killed may still be at work when the same command has begun anew."""
+    other: list[subprocess.Popen[bytes]] = []
+
+    def begin_another(pid: int) -> None:
+        if not other:
+            mark = psutil.Process(pid).environ()[MARK]
+            environment = os.environ | {MARK: f"{mark.partition('#')[0]}#another"}
+            other.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], env=environment))
+
+    assert run_command([sys.executable, "-c", "pass"], tmp_path / "log", str(tmp_path), 60.0, begin_another) == 0
+    assert other[0].poll() is None, "it is another command's"
+    end_processes(str(tmp_path))
+    assert not alive(other[0].pid), "and it is this configuration's"
 
 
 def test_a_command_gets_nothing_of_another_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

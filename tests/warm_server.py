@@ -11,6 +11,7 @@ the working directory and the file for the output.
 """
 
 import atexit
+import builtins
 import gc
 import importlib
 import inspect
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -175,20 +177,26 @@ def run_python(words: Sequence[str]) -> NoReturn:
         words = words[1:]
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(line_buffering=True, write_through=True)  # type: ignore[union-attr]
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # DeepSpeed's launcher sets it for its ranks
+    sys.path[1:1] = [path for path in given if path and path not in sys.path]
+    main = types.ModuleType("__main__")
+    main.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main  # where pickle and multiprocessing look for its classes
     code: object = 0
     try:
         if words[0] == "-m":
-            sys.argv = list(words[1:])
+            sys.argv = ["-m", *words[2:]]
             sys.path[0] = os.getcwd()
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]  # what `python -m` calls
         elif words[0] == "-c":
             sys.argv = ["-c", *words[2:]]
             sys.path[0] = ""
-            exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+            exec(compile(words[1], "<string>", "exec"), main.__dict__)
         else:
             sys.argv = list(words)
             sys.path[0] = str(Path(words[0]).resolve().parent)
-            runpy.run_path(words[0], run_name="__main__")
+            main.__file__ = words[0]
+            exec(compile(Path(words[0]).read_bytes(), words[0], "exec"), main.__dict__)
     except SystemExit as leaving:
         code = leaving.code
         if isinstance(code, str):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ AS_TYPED = ("accelerate.commands.accelerate_cli", "launch")  # the shell command
 LAUNCHER_VARIABLES = (
     "ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_"
 )  # fmt: skip
-MARK = "PLAINLOOP_STAGE"  # environment variable of all processes of a configuration: its folder
+# The environment variable of all processes of a configuration: its folder, and what each command has for itself.
+MARK = "PLAINLOOP_STAGE"
+SEPARATOR = "#"  # in a mark: before it the configuration's folder, behind it what one command alone has
 GRACE = 10.0  # seconds from SIGTERM to SIGKILL
 GUARD = "import sys; from eval.comparing.launch import end_processes; sys.stdin.read(); end_processes(sys.argv[1])"
 LOG_TAIL = 2_000_000  # bytes at the end of a log that are searched for the reason of a failure
@@ -52,6 +55,7 @@ def run_command(
     processes of the command are ended.
     """
     deadline = time.monotonic() + timeout
+    mark = f"{mark}{SEPARATOR}{uuid.uuid4()}"  # so that the guard of a command ends none that begins after it
     with guarded(mark), log.open("ab") as out:
         process = subprocess.Popen(
             command,
@@ -105,11 +109,15 @@ def end_processes(mark: str) -> None:
 
 
 def _marked(mark: str) -> list[psutil.Process]:
-    """Returns the processes that have this mark in their environment."""
+    """Returns the processes that have this mark in their environment.
+
+    `mark` is the mark of one command, or only its first part, which the commands of a configuration share.
+    """
     marked = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(MARK) == mark:
+            found = process.environ().get(MARK, "")
+            if mark in (found, found.partition(SEPARATOR)[0]):
                 marked.append(process)
     return marked
 
