@@ -42,9 +42,9 @@ def test_a_rank_finds_the_same(config: Path, processes: int, tmp_path: Path) -> 
             for name in OF_A_LAUNCH:
                 rank["environment"].pop(name, None)
             file.unlink()
-    for warm, cold in zip(found[False], found[True], strict=True):
+    for warm, executed in zip(found[False], found[True], strict=True):
         for name in warm:
-            assert warm[name] == cold[name], name
+            assert warm[name] == executed[name], name
 
 
 def test_the_same_run_to_the_bit(tmp_path: Path) -> None:
