@@ -2,7 +2,7 @@
 # make demo       makes the data, asks the base model, trains it, and asks the base and the tuned model
 # make check      format, lint, types and the tests that launch no training: the command to run while you work
 # make test       format, lint, types and all tests but the slow ones
-# make test-slow  the tests that `make test` leaves out: the whole tiny recipe under every further stage
+# make test-slow  the tests that `make test` leaves out: the tiny recipe under further stages, torch.compile, advice for 14B
 # make stages     trains the tiny recipe under seven configurations and compares them
 # make clean      removes .venv
 # The commands that run tests print the 20 slowest of them at the end.
@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 # As a variable it also pins what builds the packages that come as source.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations=20
+PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 .PHONY: setup demo stages lint check test test-slow clean
 setup: .venv/ready

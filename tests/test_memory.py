@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
 
 from loop.measure.memory import free_host_memory, memory_in_use, peak_host_memory, peak_memory
+from tests.memory_block import block_of
 
 SIZE = 200_000_000  # bytes
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,7 +23,7 @@ def test_a_peak_counts_from_the_last_call_on() -> None:
     peak_memory()
     before = memory_in_use()
     assert before is not None
-    block = torch.ones(SIZE, dtype=torch.uint8, device=DEVICE)
+    block = block_of(SIZE, DEVICE)
     held = memory_in_use()
     del block
     first, second = peak_memory(), peak_memory()
@@ -38,7 +38,7 @@ def test_a_peak_counts_from_the_last_call_on() -> None:
 @tells_peaks
 def test_host_memory_is_told_on_a_machine_with_a_gpu_too() -> None:
     before = peak_host_memory(), peak_host_memory()
-    block = np.ones(SIZE, dtype=np.uint8)
+    block = block_of(SIZE, "cpu")
     del block
     after = peak_host_memory()
     assert before[1] is not None

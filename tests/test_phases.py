@@ -21,6 +21,7 @@ from loop.measure.phase_names import STEP_PHASES
 from loop.measure.phases import Account, measured
 from loop.step import train_step
 from tests.distributed.launching import ROOT, start
+from tests.memory_block import block_of
 
 
 class Clock:
@@ -93,7 +94,7 @@ def test_a_peak_belongs_to_the_phase_in_which_it_was() -> None:
     account = Account()
     account.enter("load")
     account.enter("forward")
-    block = torch.zeros(size, dtype=torch.uint8, device=device)
+    block = block_of(size, device)
     account.enter("backward")
     del block
     account.enter("update")

@@ -120,10 +120,10 @@ def test_time_is_bound_by_the_slowest_part(capsys: pytest.CaptureFixture[str]) -
             "Set gradient_checkpointing to non_reentrant",
         ),
         (TINY, 256, 512, "0.65GB", "Set micro_batch_size to 128 (it is 256): then zero3 fits."),
-        pytest.param(*(REFERENCE, 16, 64, "14GB", "Give it --gpus 4: then zero3 fits"), marks=pytest.mark.launches),
+        pytest.param(*(REFERENCE, 16, 64, "14GB", "Give it --gpus 4: then zero3 fits"), marks=pytest.mark.slow),
         pytest.param(
             *(REFERENCE, 16, 32, "14GB", "Give it --gpus 4 --micro_batch_size 8: then zero3 fits"),
-            marks=pytest.mark.launches,
+            marks=pytest.mark.slow,
         ),
         (TINY, 16, 32, "0.1GB", "The least is zero3 with 0.6 GB a GPU"),
     ],

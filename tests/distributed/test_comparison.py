@@ -211,9 +211,9 @@ def test_an_evaluation_that_was_interrupted_is_all_that_is_done_again(killed: Ki
     assert run.code == 0, run.output
     assert result(out, "one_process")["status"] == "finished"
     after = contents(out / "one_process")
-    training = [
-        name for name in before if name.startswith("run/") and name not in ("run/eval.json", "run/answers.jsonl")
-    ]
+    of_evaluation = ("run/eval.json", "run/answers.jsonl", "run/report", "run/summary", "run/charts")  # begins of names
+    training = [name for name in before if name.startswith("run/") and not name.startswith(of_evaluation)]
+    assert "run/adapter/adapter_model.safetensors" in training
     assert {name: after[name] for name in training} == {name: before[name] for name in training}
     assert after["samples.csv"] == before["samples.csv"]
     assert b"adapter: " in after["log.txt"]

@@ -33,7 +33,11 @@ def test_every_written_file_is_tried() -> None:
     assert set((CONFIGS / "reference").glob("*.yaml")) < ENGINES.keys()
 
 
-@pytest.mark.parametrize("config", ENGINES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(path, marks=pytest.mark.slow) if "dynamo" in path.stem else path for path in ENGINES],
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
 def test_launches(config: Path, tmp_path: Path) -> None:
     # Its answer is inductor, which compiles for five minutes on a CPU; everything around it is the same.
     options = ["--dynamo_backend", "eager"] if "dynamo" in config.stem else []
