@@ -1,11 +1,9 @@
 """Decides what a recipe leaves to `auto`: how rows share a micro-batch, and whether activations are recomputed."""
 
-import os
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -15,6 +13,7 @@ from data.examples import lengths_of
 from data.layout import Layout
 from loop.engine.accelerator import largest_of_ranks, mixed_precision
 from loop.engine.deepspeed_config import size_buckets_for_lora
+from loop.measure.memory import free_host_memory
 from loop.model.build import WEIGHT_DTYPES, Data, set_layout
 from loop.planning.batching import choose_layout
 from loop.planning.estimate import COMFORT, CUDA_CONTEXT, Subject, Work, peak_of_step
@@ -71,7 +70,7 @@ def _choose_checkpointing(recipe: Recipe, model: Any, work: Work, accelerator: A
         has = torch.cuda.get_device_properties(accelerator.device).total_memory
     else:
         need += held(sharding, subject.base, subject.adapters)[1].total - int(CUDA_CONTEXT)
-        has = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        has = free_host_memory()
     short = largest_of_ranks(int(need > COMFORT * has), accelerator)  # collective
     chosen = subject.recomputation(sharding) if short else "none"
     return chosen, f"{chosen} (auto): a step without would take {need / 1e9:.3g} of {has / 1e9:.3g} GB on a device"
