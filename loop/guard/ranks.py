@@ -59,9 +59,8 @@ class Watch:
         if not self.active:
             return
         self.thread.join()
-        if signal.getsignal(signal.SIGTERM) == self._terminated:
-            signal.signal(signal.SIGTERM, self.before)
         if error is None or isinstance(error, UserError | RunError | Stopped):  # every rank ends with the same error
+            self._stop_listening()
             self._say("done")
             if self.rank == 0:
                 self._wait_until(lambda: all(map(self._is_done, range(len(self.pids)))))
@@ -74,8 +73,13 @@ class Watch:
             if gone := self._gone():
                 self._end(gone)
             time.sleep(BEAT / 10)
+        self._stop_listening()  # not before: the launcher may see the death first, and its SIGTERM comes at once
         if self.rank == 0:
             self._clear()
+
+    def _stop_listening(self) -> None:
+        if signal.getsignal(signal.SIGTERM) == self._terminated:
+            signal.signal(signal.SIGTERM, self.before)
 
     def _terminated(self, number: int, frame: FrameType | None) -> None:
         """Handles SIGTERM while StopSignals is not open. The launcher sends it when it has seen that a rank is gone,

@@ -77,6 +77,41 @@ def test_a_rank_that_dies_or_freezes_is_named(number: int, rank: int, tmp_path: 
     assert last_step(run.folder) <= step <= last_step(run.folder) + 2
 
 
+BREAKS_FIRST = """
+import os, signal, threading, time
+from unittest.mock import patch
+import loop.train
+from loop.guard.process import end_process
+def lives(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+def kill(pid):
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGKILL)
+    while lives(pid):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)  # as the launcher does
+def fit(job, learner, state, guard, tracking):
+    if job.accelerator.process_index == 0:
+        time.sleep(1000)
+    threading.Thread(target=kill, args=[guard.watch.pids[0]]).start()
+    raise RuntimeError("connection closed by peer")
+with patch("loop.train.fit", fit):
+    end_process(loop.train.main)
+"""
+
+
+def test_a_death_is_named_where_the_launcher_sees_it_first(tmp_path: Path) -> None:
+    """A rank's death breaks a collective of rank 1 a moment before its process is gone, and SIGTERM comes with that."""
+    (tmp_path / "breaks.py").write_text(BREAKS_FIRST)
+    run = launch(CONFIGS / "zero3.yaml", *DEBUG, folder=tmp_path / "run", script=tmp_path / "breaks.py")
+    assert run.code != 0
+    (line,) = [line for line in run.output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: step 1: rank 0 (process ")
+
+
 FREEZES = """
 import os, signal
 from unittest.mock import patch
