@@ -93,11 +93,10 @@ def guarded(mark: str) -> Iterator[None]:
 
 def end_processes(mark: str) -> None:
     """Sends SIGTERM to all processes with this mark, and SIGKILL to the processes that do not end after it."""
-    asked = _marked(mark)
-    for process in asked:
+    for process in _marked(mark):
         with contextlib.suppress(psutil.Error):
             process.terminate()
-    psutil.wait_procs(asked, timeout=GRACE)
+    _wait_for_their_end(mark, GRACE)
     for _ in range(10):  # a process may have started another one in the meantime
         left = _marked(mark)
         if not left:
@@ -105,7 +104,15 @@ def end_processes(mark: str) -> None:
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(left, timeout=1)
+        _wait_for_their_end(mark, 1.0)
+
+
+def _wait_for_their_end(mark: str, seconds: float) -> None:
+    """Waits at most `seconds`. A process that has ended counts as gone, also while its parent has not asked for it:
+    the parent may be waiting for us."""
+    deadline = time.monotonic() + seconds
+    while _marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def _marked(mark: str) -> list[psutil.Process]:
