@@ -2,8 +2,8 @@
 
 Six accel configurations x {1, 2} processes x accumulation {1, 4} x gradient checkpointing {off, on} with padded
 rows, and the other layouts of a micro-batch on two processes: 20 updates on 157 rows of unequal lengths, each
-launched by accelerate's own launcher (tests/warm.py), against tests/reference_loop.py. In fp32 every cell has to agree within 1e-5; in bf16 within
-three times what computing in bf16 costs (bf16_tolerance).
+launched by accelerate's own launcher (tests/warm.py), against tests/reference_loop.py. In fp32 every cell has to agree
+within 1e-5; in bf16 within three times what computing in bf16 costs (bf16_tolerance).
 """
 
 import argparse
