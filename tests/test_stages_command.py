@@ -343,6 +343,15 @@ def test_so_does_the_death_of_the_comparison(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
+def test_a_process_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
+    """Also while its parent, this test, has not asked for it: the parent may be waiting for the end of the command."""
+    mark = str(tmp_path / "stage")
+    child = subprocess.Popen(["sleep", "600"], env=os.environ | {MARK: mark})
+    code = "import sys; from eval.comparing import launch; launch.GRACE = 600.0; launch.end_processes(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, mark], cwd=ROOT, check=True, timeout=60)
+    assert child.wait() == -signal.SIGTERM
+
+
 def test_the_end_of_a_command_ends_no_other_of_its_configuration(tmp_path: Path) -> None:
     """The guard of a comparison that was killed may still be at work when the same command has begun anew."""
     other: list[subprocess.Popen[bytes]] = []
