@@ -1,4 +1,4 @@
-"""The kill matrix: `python -m tests.faults --kills 100` (about half an hour) writes its section of docs/guarantees.md.
+"""The kill matrix: `python -m tests.faults --kills 100` (some minutes) writes its section of docs/guarantees.md.
 
 Runs are killed by SIGKILL, one rank or all, at random times and in every phase of saving, and go on with
 --resume auto, until they come to their end. Then their adapter has to be that of a run nobody killed, to the bit.
