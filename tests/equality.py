@@ -1,4 +1,4 @@
-"""The equality matrix: `python -m tests.equality` (half an hour) writes its section of docs/guarantees.md.
+"""The equality matrix: `python -m tests.equality` (some minutes) writes its section of docs/guarantees.md.
 
 Six accel configurations x {1, 2} processes x accumulation {1, 4} x gradient checkpointing {off, on} with padded
 rows, and the other layouts of a micro-batch on two processes: 20 updates on 157 rows of unequal lengths, each
