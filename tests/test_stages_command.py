@@ -358,11 +358,13 @@ def test_the_end_of_a_command_ends_no_other_of_its_configuration(tmp_path: Path)
 
     def begin_another(pid: int) -> None:
         if not other:
-            mark = psutil.Process(pid).environ()[MARK]
+            while not (mark := psutil.Process(pid).environ().get(MARK)):  # a moment after the start it has none
+                time.sleep(0.01)
             environment = os.environ | {MARK: f"{mark.partition('#')[0]}#another"}
             other.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], env=environment))
 
-    assert run_command([sys.executable, "-c", "pass"], tmp_path / "log", str(tmp_path), 60.0, begin_another) == 0
+    command = [sys.executable, "-c", "import time; time.sleep(1)"]
+    assert run_command(command, tmp_path / "log", str(tmp_path), 60.0, begin_another) == 0
     assert other[0].poll() is None, "it is another command's"
     end_processes(str(tmp_path))
     assert not alive(other[0].pid), "and it is this configuration's"
