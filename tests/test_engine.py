@@ -57,6 +57,7 @@ def test_launches_that_cannot_work(environment: dict[str, str], said: str, monke
         engine.build_accelerator(parse_recipe([])[1])
 
 
+@pytest.mark.launches
 def test_fp16_norm_is_unscaled() -> None:
     """DeepSpeed's real stage-0 optimizer for fp16 gets gradients (3, 4), scaled by 1024. Their norm is 5.
 

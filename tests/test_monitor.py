@@ -191,6 +191,7 @@ def test_a_launcher_is_no_rank() -> None:
         assert ProcessTree(training.pid).ranks == {0: psutil.Process(training.pid)}
 
 
+@pytest.mark.launches
 def test_sampling_costs_little_and_says_how_much(tmp_path: Path) -> None:
     with python(BURN) as process, Monitor(process.pid, tmp_path / "samples.csv", 0.5) as monitor:
         time.sleep(5.2)

@@ -33,6 +33,7 @@ def reference() -> dict[str, Any]:
     return result | {"by_name": {one["name"]: one for one in result["estimates"]}}
 
 
+@pytest.mark.launches
 def test_counts_the_14b_model(reference: dict[str, Any]) -> None:
     """The expected numbers are computed by hand from the model's config.json and LoRA's rank 8."""
     hidden, kv, inner, layers, vocabulary = 5120, 1024, 13824, 48, 152064
@@ -43,6 +44,7 @@ def test_counts_the_14b_model(reference: dict[str, Any]) -> None:
     assert reference["trainable_parameters"] == layers * lora == 34_406_400
 
 
+@pytest.mark.launches
 def test_stage_0_just_fits_as_the_reference_saw(reference: dict[str, Any]) -> None:
     """The reference saw 28,317.6 MB after loading, and MB there are 2^20 bytes: the weights take more than 28.3e9."""
     one = reference["by_name"]["zero0"]
@@ -51,12 +53,14 @@ def test_stage_0_just_fits_as_the_reference_saw(reference: dict[str, Any]) -> No
     assert 0.9 * 32 * 2**30 < one["device_peak"] < 32 * 2**30
 
 
+@pytest.mark.launches
 def test_stages_1_and_2_change_almost_nothing(reference: dict[str, Any]) -> None:
     stage0 = reference["by_name"]["reference/stage0"]["device_peak"]
     for name in ("reference/stage1", "reference/stage2_offload", "zero1", "zero2", "zero2_offload"):
         assert reference["by_name"][name]["device_peak"] == pytest.approx(stage0, rel=0.03)
 
 
+@pytest.mark.launches
 def test_stage_3_with_offload_needs_least_gpu_and_most_host_memory(reference: dict[str, Any]) -> None:
     """A process of the reference took 27,213 MB of host memory, more than its half of the weights, which is pinned."""
     ours = reference["by_name"]["reference/stage3_offload"]
@@ -66,6 +70,7 @@ def test_stage_3_with_offload_needs_least_gpu_and_most_host_memory(reference: di
     assert ours["host_steady"] / 2 == pytest.approx(27_213e6, rel=0.06)
 
 
+@pytest.mark.launches
 def test_recommends_stage_3_without_offload(reference: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert reference["recommended"] == {"name": "zero3", "processes": 2}
     one = reference["by_name"]["zero3"]
@@ -81,6 +86,7 @@ def test_recommends_stage_3_without_offload(reference: dict[str, Any], capsys: p
     assert recomputing["traffic"]["interconnect"] == pytest.approx(3 * 13.2e9 * 2 / 2, rel=0.1)
 
 
+@pytest.mark.launches
 def test_steps_tokens_and_rates(reference: dict[str, Any]) -> None:
     one = reference["by_name"]["zero3"]
     assert (one["steps"], one["tokens"]) == (57, 1798 * 51)
@@ -125,7 +131,7 @@ def test_time_is_bound_by_the_slowest_part(capsys: pytest.CaptureFixture[str]) -
             *(REFERENCE, 16, 32, "14GB", "Give it --gpus 4 --micro_batch_size 8: then zero3 fits"),
             marks=pytest.mark.slow,
         ),
-        (TINY, 16, 32, "0.1GB", "The least is zero3 with 0.6 GB a GPU"),
+        pytest.param(*(TINY, 16, 32, "0.1GB", "The least is zero3 with 0.6 GB a GPU"), marks=pytest.mark.launches),
     ],
 )
 def test_says_which_one_number_to_change(
