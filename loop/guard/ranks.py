@@ -125,7 +125,7 @@ class Watch:
             return ""
 
     def _is_done(self, rank: int) -> bool:
-        return self._heard(rank) == "done" or not _lives(self.pids[rank])
+        return self._heard(rank) == "done" or not lives(self.pids[rank])
 
     def _work(self) -> None:
         while True:
@@ -143,7 +143,7 @@ class Watch:
 
     def _gone(self) -> str | None:
         for rank, pid in enumerate(self.pids):
-            if not _lives(pid) and self._heard(rank) != "done":
+            if not lives(pid) and self._heard(rank) != "done":
                 return f"step {self.step + 1}: rank {rank} (process {pid}) died. Go on with --resume."
         return None
 
@@ -163,7 +163,8 @@ class Watch:
         return None
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
+    """Whether a process runs or sleeps. One that has ended does not live, even before its parent has asked for it."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
