@@ -1,5 +1,6 @@
 """Keeps tokenized rows on disk: memory holds only a few numbers for each row, however many rows there are."""
 
+import hashlib
 import os
 import tempfile
 from array import array
@@ -39,12 +40,15 @@ class Examples(Sequence[Example]):
 
     def __init__(self, examples: Iterable[Example]) -> None:
         rows, ends, prompts = array(NUMBERS), array(NUMBERS, [0]), array(NUMBERS)
+        content, self.largest_id = hashlib.sha256(), 0  # the largest token id of all examples
         try:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as this object
             for example in examples:
-                tokens = array(TOKEN, example.prompt_ids)
-                tokens.extend(example.answer_ids)
+                tokens = _tokens(example)
                 tokens.tofile(self._file)
+                content.update(_lengths(example))
+                content.update(tokens)
+                self.largest_id = max(self.largest_id, max(tokens))
                 rows.append(example.row)
                 prompts.append(len(example.prompt_ids))
                 ends.append(ends[-1] + len(tokens))
@@ -54,6 +58,7 @@ class Examples(Sequence[Example]):
                 f"{tempfile.gettempdir()}: the tokenized rows cannot be written ({error.strerror}). Make room, or set "
                 "TMPDIR to a folder on a disk that has some."
             ) from error
+        self.sha256 = content.hexdigest()  # of all examples, in their order
         self._rows, self._ends = np.array(rows, np.int64), np.array(ends, np.int64)
         self.prompt_lengths: NDArray[np.int64] = np.array(prompts, np.int64)  # tokens in each prompt
 
@@ -85,6 +90,34 @@ class Examples(Sequence[Example]):
         tokens.frombytes(os.pread(self._file.fileno(), (end - start) * tokens.itemsize, start * tokens.itemsize))
         ids, prompt = tokens.tolist(), int(self.prompt_lengths[i])
         return Example(int(self._rows[i]), ids[:prompt], ids[prompt:])
+
+
+def sha256_of(examples: Sequence[Example], first: int | None = None) -> str:
+    """Returns a hash of the token ids of the `first` examples, or of all; row numbers do not change it."""
+    if isinstance(examples, Examples) and (first is None or first == len(examples)):
+        return examples.sha256
+    content = hashlib.sha256()
+    for i in range(len(examples) if first is None else first):
+        example = examples[i]
+        content.update(_lengths(example))
+        content.update(_tokens(example))
+    return content.hexdigest()
+
+
+def _tokens(example: Example) -> "array[int]":
+    return array(TOKEN, example.prompt_ids + example.answer_ids)
+
+
+def _lengths(example: Example) -> "array[int]":
+    """The two lengths, which keep prompt, answer and the next example apart in a hash."""
+    return array(NUMBERS, [len(example.prompt_ids), len(example.answer_ids)])
+
+
+def largest_id_of(examples: Sequence[Example]) -> int:
+    """Returns the largest token id in the examples."""
+    if isinstance(examples, Examples):
+        return examples.largest_id
+    return max(max(example.prompt_ids + example.answer_ids) for example in examples)
 
 
 def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data.chat import render_prompt, user_text
 from data.errors import UserError
+from data.examples import Example
 from data.rows import Problems, Row, read_rows
 from eval.answers.generate import generate, load_model, timed
 from eval.answers.vllm_backend import ask_vllm, check_vllm
@@ -31,12 +32,15 @@ from eval.check import Verdict, check_answer, number_asked
 from eval.files import user_error
 from eval.reference import PUBLISHED_ANSWERS
 from eval.reporting.markdown import markdown_table
+from loop.engine.optimizer_state import trainable_parameters
 from loop.guard.process import RunError, end_process, exit_codes
 from loop.measure.memory import memory_in_use, peak_memory
 from loop.model.build import build_tokenizer, check_model
+from loop.model.limits import check_limits
 from loop.model.opening import open_tokenizer
-from loop.recipe import ROOT, find_model, find_path, parse_recipe
-from loop.saving.checkpoint import ADAPTER, first_difference
+from loop.recipe import ROOT, Recipe, find_model, find_path, parse_recipe
+from loop.saving.checkpoint import ADAPTER, first_difference, names_in_files
+from loop.saving.content import INPUTS, model_sha256
 from loop.saving.run_folder import write_json
 
 SHOWN_ANSWERS = 3  # answers of each model that are printed
@@ -192,6 +196,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="run folder of a training: asks its base and its fine-tuned model")
     which.add_argument("--config", type=Path, help="a recipe: asks its base model only and writes nothing")
+    parser.add_argument(
+        "--model.name_or_path", dest="model", metavar="PATH", help="where the base model lies now, if it was moved"
+    )
     parser.add_argument("--adapter-only", action="store_true", help="with --run: ask the fine-tuned model alone")
     parser.add_argument("--data", default=str(ROOT / "data/math/math_eval_200.json"), help="rows to ask")
     parser.add_argument("--limit", type=int, help="ask only the first so many rows")
@@ -217,7 +224,10 @@ def questions(args: argparse.Namespace) -> list[Question]:
         for file in ("recipe.yaml", "adapter/adapter_config.json", f"adapter/{ADAPTER}"):
             if not (args.run / file).is_file():
                 raise UserError(f"--run {args.run}: no {file} in there. Give the folder of a finished training.")
-    recipe = parse_recipe(["--config", str(args.run / "recipe.yaml" if args.run else args.config)])[1]
+    options = ["--config", str(args.run / "recipe.yaml" if args.run else args.config)]
+    if args.model:
+        options += ["--model.name_or_path", args.model]
+    recipe = parse_recipe(options)[1]
     path = find_path(args.data)
     rows = read_rows(path)[: args.limit]
     problems = Problems()
@@ -227,8 +237,10 @@ def questions(args: argparse.Namespace) -> list[Question]:
     problems.fail(path)
     adapters: dict[str, Path | None] = {} if args.adapter_only else {"base": None}
     model = find_model(recipe.model.name_or_path)
-    adapted = check_model(recipe, build_tokenizer(recipe))  # a bad recipe fails here rather than in a worker
+    adapted = check_model(recipe)  # a bad recipe fails here rather than in a worker
+    _check_prompts(adapted.get_base_model(), rows, recipe, args.max_new_tokens)
     if args.run:
+        _check_content(args.run / INPUTS, recipe)
         adapters["tuned"] = args.run / "adapter"
         _check_adapter(args.run / "adapter" / ADAPTER, adapted)
     return [
@@ -249,12 +261,38 @@ def questions(args: argparse.Namespace) -> list[Question]:
     ]
 
 
+def _check_prompts(base: Any, rows: Sequence[Row], recipe: Recipe, max_new_tokens: int) -> None:
+    """Raises UserError where a prompt has a token that the model does not know, or is too long with its answer."""
+    tokenizer, system_prompt = build_tokenizer(recipe), recipe.data.system_prompt
+    prompts = [
+        tokenizer(render_prompt(user_text(row), system_prompt, tokenizer), add_special_tokens=False)["input_ids"]
+        for row in rows
+    ]
+    # The first token stands for each of the answer's.
+    examples = [Example(row.number, ids, ids[:1] * max_new_tokens) for row, ids in zip(rows, prompts, strict=True)]
+    if warning := check_limits(base, [examples]):
+        print(f"warning: {warning}.", flush=True)
+
+
+def _check_content(file: Path, recipe: Recipe) -> None:
+    """Raises UserError where the recipe's model is not the one that the run has trained; `file` is its inputs.json."""
+    if not file.is_file():  # a run of an older version
+        return
+    with user_error(f"{file}: cannot be read", "Copy it anew.", (ValueError, KeyError, TypeError, OSError)):
+        then = json.loads(file.read_text(encoding="utf-8"))["model_sha256"]
+    if then != model_sha256(recipe):
+        raise UserError(
+            f"model.name_or_path {recipe.model.name_or_path}: its content is not that of the model that the run has "
+            "trained. Name the right one with --model.name_or_path."
+        )
+
+
 def _check_adapter(file: Path, model: PeftModel) -> None:
     """Raises UserError for the adapter of another model. PEFT would only warn, and the answers would be the base's."""
     # The kind is Exception because safetensors raises an exception type of its own.
     with user_error(f"{file}: cannot be read", "Copy it anew, or train once more.", (Exception,)):
         found = {name: tensor.shape for name, tensor in load_file(file).items()}
-    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+    expected = {name: tensor.shape for name, tensor in names_in_files(model, trainable_parameters(model)).items()}
     if other := first_difference(found, expected):
         raise UserError(f"{file}: is not of the model and the recipe of this run, first in {other}. Train once more.")
 

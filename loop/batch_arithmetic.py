@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from data.batch import num_windows
 from data.errors import UserError
-from loop.recipe import Recipe
+from loop.recipe import MOST, Recipe
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,21 @@ class BatchArithmetic:
     @property
     def warmup_steps(self) -> int:
         return warmup_steps(self.warmup_ratio, self.total_steps)
+
+    def check_schedule(self) -> None:
+        """Raises UserError where every step is warm-up. The learning rate of the first step is 0, and it would never
+        reach its peak; a run of one such step learns nothing at all."""
+        total = self.total_steps
+        if self.warmup_steps < total:
+            return
+        enough = next((t for t in range(total + 1, MOST) if warmup_steps(self.warmup_ratio, t) < t), None)
+        longer = f"--epochs {math.ceil(enough / self.steps_per_epoch)}, fewer rows a step, or " if enough else ""
+        raise UserError(
+            f"optim.warmup_ratio is {self.warmup_ratio:g}: {self.warmup_steps} of the {total} steps would be warm-up, "
+            f"which begins at learning rate 0, so that the run would not reach optim.lr. ({self.num_rows:,} rows, "
+            f"{self.rows_per_step:,} rows a step, {self.epochs} epochs.) Give {longer}a smaller --optim.warmup_ratio; "
+            "0 is no warm-up."
+        )
 
 
 def warmup_steps(warmup_ratio: float, total_steps: int) -> int:

@@ -194,6 +194,7 @@ def main(argv: Sequence[str]) -> None:
         num_rows, processes = len(work.examples), planned[0].processes if planned else 1
         batch = found.attempt(lambda: BatchArithmetic.of(recipe, processes, num_rows))
         if batch:
+            found.attempt(batch.check_schedule)
             contradictions(recipe, data, model, batch.total_steps, num_rows, found)
     found.problems[:] = dict.fromkeys(found.problems)
     if args.json:

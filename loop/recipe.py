@@ -224,6 +224,18 @@ def find_path(path: str) -> Path:
     return here
 
 
+def absolute(path: str) -> str:
+    """A path that find_path finds from every folder: absolute, but for what lies in the project's own folder.
+
+    A name of the model hub, and everything else that is not there, stays as it is.
+    """
+    found = find_path(path)
+    if not os.path.exists(found):
+        return path
+    found = Path(os.path.abspath(found))
+    return str(found.relative_to(ROOT) if found.is_relative_to(ROOT) else found)
+
+
 def find_model(name_or_path: str) -> str:
     """The model's folder if there is a folder of that name; otherwise the name itself, for the model hub.
 
@@ -231,7 +243,7 @@ def find_model(name_or_path: str) -> str:
     """
     folder = find_path(name_or_path)
     if folder.is_dir():
-        return str(folder)
+        return os.path.abspath(folder)
     if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
         raise UserError(
             f"model.name_or_path: there is no folder {name_or_path}. Give a checkpoint's folder or a hub name."

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from peft import PeftModel
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from loop.batch_arithmetic import BatchArithmetic, num_launched, settle_accumulation
 from loop.engine.accelerator import build_accelerator, prepare
 from loop.guard.guard import Guard
+from loop.guard.learned import check_learned
 from loop.guard.process import Stopped, end_process, exit_codes
 from loop.guard.ranks import Watch
 from loop.measure.phases import ACCOUNT
@@ -24,11 +26,11 @@ from loop.model.build import (
     build_tokenizer,
     check_model,
 )
-from loop.planning.decisions import decide
+from loop.planning.decisions import decide, keep_rows_apart
 from loop.recipe import parse_recipe, recipe_as_dict
 from loop.saving.checkpoint import Checkpoint, restore_adapter, save_adapter, save_checkpoint, unwrap
 from loop.saving.resume import check_resumable, find_checkpoint, fingerprint, keep_decisions, resume_optimizer
-from loop.saving.run_folder import check_run_folder, create_run_folder, write_engine_config
+from loop.saving.run_folder import check_run_folder, create_run_folder
 from loop.state import Interval, Job, Learner, TrainState
 from loop.step import seed_dropout, train_step, validate
 from loop.telling.first_page import overview
@@ -42,46 +44,47 @@ def main(argv: Sequence[str]) -> None:
     checkpoint = find_checkpoint(name, asked)  # the one that --resume means; None for a new run
     check_run_folder(asked, checkpoint)
     recipe = keep_decisions(checkpoint, settle_accumulation(asked, num_launched()))
-    tokenizer = build_tokenizer(recipe)
-    data = build_data(recipe, tokenizer)
-    model_without_weights = check_model(recipe, tokenizer)
+    data = build_data(recipe, build_tokenizer(recipe))
+    model_without_weights = check_model(recipe)
     accelerator = build_accelerator(recipe)
     with Watch(recipe.rank_timeout, checkpoint.step if checkpoint else 0, accelerator) as watch:
         batch = BatchArithmetic.of(recipe, accelerator.num_processes, len(data.train))
-        run = fingerprint(recipe, batch, accelerator)
-        check_resumable(checkpoint, run, recipe, batch, accelerator)
+        batch.check_schedule()
+        run = fingerprint(recipe, data, batch, accelerator)
+        check_resumable(checkpoint, run, recipe, data, batch, accelerator)
         decided = decide(recipe, data, model_without_weights, accelerator)  # what the recipe leaves to auto
         recipe = decided.write_into(recipe)
-        model = build_model(recipe, decided.layout, decided.checkpointing, accelerator)
+        model = build_model(recipe, model_without_weights, accelerator)
         restore_adapter(checkpoint, model, accelerator)
-        run_dir = create_run_folder(name, recipe, checkpoint, accelerator)
+        engine, optimizer = prepare(model, build_optimizer(recipe, model), accelerator)
+        decided = keep_rows_apart(decided, recipe, data, engine, accelerator)
+        recipe = decided.write_into(recipe)
+        run_dir = create_run_folder(name, recipe, run, checkpoint, accelerator)
 
         resumed_from = checkpoint.folder if checkpoint else None
         job = Job(recipe, replace(data, layout=decided.layout), batch, run_dir, resumed_from, accelerator)
-        learner = build_learner(job, model, checkpoint)
+        learner = build_learner(job, engine, optimizer, checkpoint)
         state = TrainState.begin(checkpoint, run | {"recipe": recipe_as_dict(recipe)}, accelerator)
         inner = unwrap(learner.model, accelerator)
         with (
             Tracking(recipe, run_dir, state.step, batch.total_steps, accelerator) as tracking,
             Guard(inner, watch, accelerator) as guard,
         ):
-            tracking.say(overview(job, decided, learner.model))
+            tracking.say(overview(job, decided, inner))
             fit(job, learner, state, guard, tracking)
             save_adapter(inner, run_dir / "adapter", accelerator)
             tracking.say(f"adapter: {run_dir / 'adapter'}")
             write_usage(run_dir, inner, batch.total_steps, accelerator)
+            check_learned(inner, accelerator)
             tracking.say(f"report: python -m eval.report {shlex.quote(str(run_dir))}")
     accelerator.state.destroy_process_group()
 
 
-def build_learner(job: Job, model: PeftModel, checkpoint: Checkpoint | None) -> Learner:
-    """What learns, wrapped by the engine, and as far as `checkpoint` had come; every rank enters."""
-    optimizer = build_optimizer(job.recipe, model)
-    engine, optimizer = prepare(model, optimizer, job.accelerator)
-    write_engine_config(job.run_dir, job.accelerator)
-    resume_optimizer(checkpoint, engine, optimizer, job.empty_window(), job.accelerator)
+def build_learner(job: Job, model: Module, optimizer: Optimizer, checkpoint: Checkpoint | None) -> Learner:
+    """What learns, as far as `checkpoint` had come; every rank enters. The engine has wrapped model and optimizer."""
+    resume_optimizer(checkpoint, model, optimizer, job.empty_window(), job.accelerator)
     done = checkpoint.updates if checkpoint else 0
-    return Learner(engine, optimizer, build_lr_scheduler(job.recipe, optimizer, job.batch.total_steps, done))
+    return Learner(model, optimizer, build_lr_scheduler(job.recipe, optimizer, job.batch.total_steps, done))
 
 
 def fit(job: Job, learner: Learner, state: TrainState, guard: Guard, tracking: Tracking) -> None:

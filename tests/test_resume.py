@@ -10,16 +10,20 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from data.errors import UserError
+from data.examples import Example
 from loop.batch_arithmetic import BatchArithmetic
+from loop.model.build import Data
 from loop.recipe import parse_recipe
 from loop.saving.checkpoint import Checkpoint
-from loop.saving.resume import SAMPLE, SAMPLES, check_resumable, fingerprint, keep_decisions
+from loop.saving.content import SAMPLE, SAMPLES, model_sha256
+from loop.saving.resume import check_resumable, fingerprint, keep_decisions
 from tests.hostile import TINY, flip_bit
 
+DATA = Data([Example(1, [1, 2], [3])], [], 0)
 
-def model_sha256(folder: Path, *arguments: str) -> str:
-    recipe = parse_recipe(["--model.name_or_path", str(folder), *arguments])[1]
-    return str(fingerprint(recipe, BatchArithmetic.of(recipe, 1, 7), Accelerator(cpu=True))["model_sha256"])
+
+def hash_of(folder: Path, *arguments: str) -> str:
+    return model_sha256(parse_recipe(["--model.name_or_path", str(folder), *arguments])[1])
 
 
 def test_a_copy_is_the_same_model(tmp_path: Path) -> None:
@@ -27,7 +31,7 @@ def test_a_copy_is_the_same_model(tmp_path: Path) -> None:
     (tmp_path / "copy" / "notes.md").write_text("no part of it")
     (tmp_path / "copy" / "consolidated.safetensors").write_text("the same weights, for other programs")
     (tmp_path / "copy" / "tokenizer_old").mkdir()
-    assert model_sha256(tmp_path / "copy") == model_sha256(TINY)
+    assert hash_of(tmp_path / "copy") == hash_of(TINY)
 
 
 @pytest.mark.parametrize("place", [0, 1_234_567, -1])
@@ -36,7 +40,7 @@ def test_one_bit_makes_another_model(name: str, place: int, tmp_path: Path) -> N
     shutil.copytree(TINY, tmp_path / "copy")
     file = tmp_path / "copy" / name
     flip_bit(file, place if abs(place) < file.stat().st_size else file.stat().st_size // 2)
-    assert model_sha256(tmp_path / "copy") != model_sha256(TINY)
+    assert hash_of(tmp_path / "copy") != hash_of(TINY)
 
 
 @pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json", "modeling_own.py"])
@@ -44,15 +48,15 @@ def test_what_transformers_also_reads(name: str, tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "copy")
     (tmp_path / "copy" / name).write_text("{}")
     runs_code = ("--model.trust_remote_code", "true")
-    assert model_sha256(tmp_path / "copy", *runs_code) != model_sha256(TINY, *runs_code)
-    assert (model_sha256(tmp_path / "copy") == model_sha256(TINY)) == name.endswith(".py")
+    assert hash_of(tmp_path / "copy", *runs_code) != hash_of(TINY, *runs_code)
+    assert (hash_of(tmp_path / "copy") == hash_of(TINY)) == name.endswith(".py")
 
 
 def test_not_every_rank_has_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loop.saving.resume.gather_object", lambda mine: [*mine, 8])
     recipe = parse_recipe([])[1]
     with pytest.raises(UserError, match=r"their steps are \[None, 8\]"):
-        check_resumable(None, {}, recipe, BatchArithmetic.of(recipe, 1, 7), Accelerator(cpu=True))
+        check_resumable(None, {}, recipe, DATA, BatchArithmetic.of(recipe, 1, 7), Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,7 @@ def test_rank_0_alone_reads_the_training_file(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("loop.saving.resume.broadcast_object_list", lambda values: values.__setitem__(0, told))
     monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("a file was read"))
     recipe, accelerator = parse_recipe([])[1], cast(Any, Rank1())
-    found = fingerprint(recipe, BatchArithmetic.of(recipe, 2, 7), accelerator)
+    found = fingerprint(recipe, DATA, BatchArithmetic.of(recipe, 2, 7), accelerator)
     assert (found["model_sha256"], found["train_file_sha256"], found["rows_per_step"]) == ("a", "b", 32)
 
 
@@ -99,9 +103,9 @@ def test_of_large_files_samples_are_read(tmp_path: Path) -> None:
     (tmp_path / "copy" / "parts").mkdir()
     for name in set(shards.values()):
         (tmp_path / "copy" / name).write_bytes(bytes(size))
-    before = model_sha256(tmp_path / "copy")
+    before = hash_of(tmp_path / "copy")
     for part, name in ((0, shards["a"]), (SAMPLES - 1, shards["b"])):
         flip_bit(tmp_path / "copy" / name, part * (size // SAMPLES))
-        after = model_sha256(tmp_path / "copy")
+        after = hash_of(tmp_path / "copy")
         assert after != before
         before = after

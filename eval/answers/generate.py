@@ -3,6 +3,7 @@
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.answers.greedy import OnAnswered, decode
@@ -24,7 +26,8 @@ def load_model(
     """Returns the model with `adapter` on top, in the dtype of its checkpoint, on this process's GPU if there is one.
 
     An adapter that is merged into the weights adds no work to a token. An adapter that is not merged adds two
-    multiplications in every linear layer that it changes.
+    multiplications in every linear layer that it changes. It is not merged into a weight that another layer uses too,
+    as lm_head and the embedding do in many models: that layer would change with it.
     """
     transformers.utils.logging.disable_progress_bar()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
@@ -32,11 +35,18 @@ def load_model(
     model = open_base_model(name_or_path, trust_remote_code, dtype="auto", device_map={"": device})
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
-        if merge:
+        if merge and not _shares_adapted_weights(model):
             model = model.merge_and_unload()
     model.eval()
     assert isinstance(model, PreTrainedModel | PeftModel)
     return model
+
+
+def _shares_adapted_weights(model: PeftModel) -> bool:
+    """Whether another layer uses the weight of a layer that has an adapter."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return any(uses[id(layer.get_base_layer().weight)] > 1 for layer in layers)
 
 
 def generate(

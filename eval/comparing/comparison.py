@@ -160,7 +160,7 @@ def check_recipe(comparison: Comparison) -> int:
     """Returns the number of steps of each training. Raises UserError when data or model cannot be opened."""
     tokenizer = build_tokenizer(comparison.recipe)
     data = build_data(comparison.recipe, tokenizer)
-    check_model(comparison.recipe, tokenizer)
+    check_model(comparison.recipe)
     return comparison.recipe.epochs * num_windows(len(data.train), comparison.rows_per_step)
 
 

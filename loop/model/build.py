@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from data.chat import encode_rows
@@ -23,10 +24,12 @@ from loop.internals.transformers_internals import keep_activations_of_last_layer
 from loop.measure.phases import measured
 from loop.model.attention import BY_ROW
 from loop.model.head import PeftModelWithLoss
-from loop.model.lora import use_fused_lora
+from loop.model.lora import ADAPTER, use_fused_lora
 from loop.model.opening import open_base_model, open_tokenizer
+from loop.model.reach import unreached_layers
 from loop.recipe import Recipe, find_model, find_path
 
+PAD = 0  # the token id of padding. Nothing reads it, but it needs an embedding, which a tokenizer's own may not have
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -61,8 +64,7 @@ def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
         return encode_rows(iter_rows(path), path, recipe.data.system_prompt, recipe.data.max_length, tokenizer)
 
     validation = load(recipe.data.validation_file) if recipe.data.validation_file else []
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Data(load(recipe.data.train_file), validation, int(pad))
+    return Data(load(recipe.data.train_file), validation, PAD)
 
 
 def _reason(error: Exception) -> str:
@@ -71,13 +73,13 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:500]}"
 
 
-def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModelWithLoss:
+def check_model(recipe: Recipe) -> PeftModelWithLoss:
     """Opens the model with adapters on the meta device, without its weights, and returns it.
 
     Every process does this by itself, and all come to the same result. Later, at stage 3, rank 0 alone reads the
     weights, and an error there would leave the other ranks waiting.
-    Raises UserError when the model cannot be opened, when weights are missing or have another shape, when it has
-    fewer embeddings than the tokenizer has tokens, and when a LoRA target names no linear layer in it.
+    Raises UserError when the model cannot be opened, when weights are missing or have another shape, and when a LoRA
+    target names no layer in it that a row of text reaches.
     """
     name = find_model(recipe.model.name_or_path)
     said = f"model.name_or_path {name}: "
@@ -100,24 +102,26 @@ def check_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PeftModel
         raise UserError(
             f"{said}{len(wrong)} of its weights do not fit its config.json, first {wrong[0]}. Copy it anew."
         )
-    embeddings = model.get_input_embeddings().num_embeddings
-    if embeddings < len(tokenizer):
-        raise UserError(
-            f"{said}its vocabulary has {embeddings} tokens and its tokenizer {len(tokenizer)}. Copy it anew."
-        )
     return add_adapters(model, recipe)
 
 
 def add_adapters(model: Any, recipe: Recipe) -> PeftModelWithLoss:
-    """Gives a model on the meta device the recipe's adapters. Raises UserError when it has no such layers."""
+    """Gives a model on the meta device the recipe's adapters, on every layer of these names that rows of text reach.
+
+    Raises UserError when the model has no such layers.
+    """
     name = recipe.model.name_or_path
     layers = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     missing = [target for target in recipe.lora.target_modules if target not in layers]
     if missing:
         raise UserError(f"lora.target_modules: {name} has no layers named {', '.join(missing)}.")
+    unreached = unreached_layers(model, recipe.lora.target_modules)
+    for target in recipe.lora.target_modules:
+        if all(path in unreached for path, _ in model.named_modules() if path.rpartition(".")[2] == target):
+            raise UserError(f"lora.target_modules: no row of text reaches the layers of {name} named {target}.")
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers warns PEFT's authors
-            return adapt(model, _lora_config(recipe), autocast_adapter_dtype=False)
+            return adapt(model, _lora_config(recipe, unreached), autocast_adapter_dtype=False)
     except Exception as error:  # PEFT raises several kinds for layers that it cannot adapt
         raise UserError(f"lora.target_modules: {name} cannot get such adapters: {_reason(error)}") from error
 
@@ -131,42 +135,52 @@ def adapt(base: Any, config: LoraConfig, autocast_adapter_dtype: bool) -> PeftMo
     return PeftModelWithLoss(base, use_fused_lora(config), autocast_adapter_dtype=autocast_adapter_dtype)
 
 
+def adapters_of(model: PeftModel) -> LoraConfig:
+    """PEFT's description of the adapters that `model` has."""
+    config = model.peft_config[ADAPTER]
+    assert isinstance(config, LoraConfig)
+    return config
+
+
 def _open_model(recipe: Recipe, **how: Any) -> Any:
     """Opens the recipe's base model; `how` are further arguments of from_pretrained."""
     model, name = recipe.model, find_model(recipe.model.name_or_path)
     return open_base_model(name, model.trust_remote_code, attn_implementation=model.attn_implementation, **how)
 
 
-def _lora_config(recipe: Recipe) -> LoraConfig:
-    """PEFT's configuration with the recipe's numbers."""
+def _lora_config(recipe: Recipe, unreached: list[str]) -> LoraConfig:
+    """PEFT's configuration with the recipe's numbers; the layers `unreached` get no adapter."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.lora.rank,
         lora_alpha=recipe.lora.alpha,  # type: ignore[arg-type]
         lora_dropout=recipe.lora.dropout,
         target_modules=list(recipe.lora.target_modules),
+        exclude_modules=unreached or None,
     )
 
 
 @measured("load")
-def build_model(recipe: Recipe, layout: Layout, checkpointing: str, accelerator: Accelerator) -> PeftModelWithLoss:
+def build_model(recipe: Recipe, without_weights: PeftModelWithLoss, accelerator: Accelerator) -> PeftModelWithLoss:
     """Builds the frozen base model with fresh LoRA adapters; when it is called it returns the loss.
 
-    Every rank enters: at stage 3 rank 0 reads the weights and shares them with the others.
+    The adapters are those that check_model gave to the model `without_weights`, and the recipe says auto nowhere. Every
+    rank enters: at stage 3 rank 0 reads the weights and shares them with the others.
     """
     base = _open_model(recipe, dtype=WEIGHT_DTYPES[mixed_precision(accelerator)])
     base.config.use_cache = False  # training needs no cache of keys and values
-    set_layout(base, layout)
+    set_layout(base, recipe.batching)
     set_seed(recipe.seed)  # after loading, so that the initial adapters do not depend on how the base was loaded
     # Under DeepSpeed the adapters have the base's dtype at every stage, and the optimizer holds fp32 masters.
     # Without DeepSpeed there are no masters, so the adapters themselves are fp32.
     under_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    model = adapt(base, _lora_config(recipe), autocast_adapter_dtype=not under_deepspeed)
-    set_checkpointing(base, checkpointing)  # after PEFT, which would make even the embeddings require gradients
+    model = adapt(base, deepcopy(adapters_of(without_weights)), autocast_adapter_dtype=not under_deepspeed)
+    # After PEFT, which would make even the embeddings require gradients.
+    set_checkpointing(base, recipe.gradient_checkpointing)
     return model
 
 
-def set_layout(base: Any, layout: Layout) -> None:
+def set_layout(base: Any, layout: str) -> None:
     """Gives the model attention that keeps rows apart, where `layout` puts several rows into one."""
     if layout != "padded":
         base.set_attn_implementation(BY_ROW)

@@ -15,7 +15,9 @@ from loop.engine.accelerator import largest_of_ranks, mixed_precision
 from loop.engine.deepspeed_config import size_buckets_for_lora
 from loop.measure.memory import free_host_memory
 from loop.model.build import WEIGHT_DTYPES, Data, set_layout
-from loop.planning.batching import choose_layout
+from loop.model.limits import check_limits
+from loop.model.neighbours import TOLERANCES, largest_gap, losses_alone, losses_among_others, rows_to_try
+from loop.planning.batching import LAYOUTS, choose_layout
 from loop.planning.estimate import COMFORT, CUDA_CONTEXT, Subject, Work, peak_of_step
 from loop.planning.launch_file import WEIGHT_BYTES
 from loop.planning.zero_memory import Sharding, held
@@ -28,6 +30,7 @@ Checkpointing = Literal["none", "non_reentrant", "reentrant"]
 class Decided:
     layout: Layout
     checkpointing: Checkpointing
+    auto: bool  # whether the layout was chosen here, because the recipe says auto
     said: dict[str, str]  # the lines for the page before the first step
 
     def write_into(self, recipe: Recipe) -> Recipe:
@@ -49,7 +52,52 @@ def decide(recipe: Recipe, data: Data, model: Any, accelerator: Accelerator) -> 
         longer = max(filter(None, (data.train, data.validation)), key=lambda rows: lengths_of(rows).max())
         work = Work(longer, layout, real=True)
         checkpointing, reason = _choose_checkpointing(recipe, model, work, accelerator)
-    return Decided(layout, cast(Checkpointing, checkpointing), {"batching": why, "gradient checkpointing": reason})
+    said = {"batching": why, "gradient checkpointing": reason}
+    if warning := check_limits(base, [data.train, data.validation]):
+        said["positions"] = f"warning: {warning}"
+    return Decided(layout, cast(Checkpointing, checkpointing), recipe.batching == "auto", said)
+
+
+def keep_rows_apart(
+    decided: Decided, recipe: Recipe, data: Data, model: torch.nn.Module, accelerator: Accelerator
+) -> Decided:
+    """Tries out on the real model, wrapped by the engine, that the rows of a micro-batch do not change one another's
+    loss; every rank enters.
+
+    Where they do, and the layout was chosen for `auto`, the next layout in which they do not is taken. Raises UserError
+    where the user has named the layout, and where no layout is right.
+    """
+    if recipe.micro_batch_size == 1 or len(data.train) == 1:
+        return decided
+    rows = rows_to_try(data.train, recipe.micro_batch_size)
+    base = accelerator.unwrap_model(model, keep_torch_compile=False).get_base_model()
+    most, pad, device = TOLERANCES[mixed_precision(accelerator)], data.pad_token_id, accelerator.device
+    found: dict[Layout, float] = {}
+    model.eval()
+    base.set_attn_implementation(recipe.model.attn_implementation)
+    alone = losses_alone(model, rows, pad, device)
+    for layout in LAYOUTS[LAYOUTS.index(decided.layout) :: -1] if decided.auto else (decided.layout,):
+        base.set_attn_implementation(recipe.model.attn_implementation)
+        set_layout(base, layout)
+        found[layout] = largest_gap(alone, losses_among_others(model, rows, layout, pad, device))
+        if not largest_of_ranks(int(found[layout] > most), accelerator):  # collective
+            break
+    else:
+        other = ", or another --batching." if len(found) == 1 and layout != "padded" else "."
+        raise UserError(
+            f"batching: a row's loss in this model depends on the rows beside it in a micro-batch: {_gaps(found)}. "
+            f"Give --micro_batch_size 1 and more --grad_accum_steps{other}"
+        )
+    model.train()
+    if layout == decided.layout:
+        return decided
+    why = f"{layout} (auto), because a row's loss depends on the rows beside it: {_gaps(found, layout)}"
+    return replace(decided, layout=layout, said=decided.said | {"batching": why})
+
+
+def _gaps(found: dict[Layout, float], right: Layout | None = None) -> str:
+    """Says by how much the losses differ in the layouts that are not `right`."""
+    return ", ".join(f"in {layout} by {gap:.2g} nats a token" for layout, gap in found.items() if layout != right)
 
 
 def _choose_checkpointing(recipe: Recipe, model: Any, work: Work, accelerator: Accelerator) -> tuple[str, str]:

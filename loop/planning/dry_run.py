@@ -10,10 +10,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.errors import UserError
-from data.examples import Example, lengths_of
+from data.examples import Example
 from data.rows import count_rows
 from loop.batch_arithmetic import warmup_steps
 from loop.model.build import Data, build_data, build_lr_scheduler, build_tokenizer
+from loop.model.limits import check_limits
 from loop.recipe import Recipe, find_model, find_path
 from loop.saving.run_folder import check_run_folder
 
@@ -68,14 +69,8 @@ def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, found: 
 def contradictions(recipe: Recipe, data: Data | None, model: Any, steps: int, rows: int, found: Findings) -> None:
     """Adds to `found` the problems that no single value shows. `steps` are those of the whole run, `rows` the training
     rows."""
-    config = model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
-    longest = int(lengths_of(data.train).max()) if data else 0
-    if most and longest > most:
-        found.problems.append(f"the longest row has {longest} tokens, but the model was made for {most} at most.")
-    warm = warmup_steps(recipe.optim.warmup_ratio, steps)
-    if recipe.optim.warmup_ratio > 0 and warm >= steps:
-        found.notes.append(f"all {steps} steps are warm-up: the peak learning rate is never used.")
+    if data and (warning := found.attempt(lambda: check_limits(model.get_base_model(), [data.train, data.validation]))):
+        found.notes.append(f"{warning}.")
     for key, value in (("log_every", recipe.log_every), ("save_every", recipe.save_every)):
         if value > steps:
             found.notes.append(f"{key} is {value}, but there are only {steps} steps.")

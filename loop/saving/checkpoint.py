@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +30,7 @@ from loop.guard.process import RunError
 from loop.measure.phases import measured
 from loop.saving.publish import OLD, PARTIAL, damage, publish, write_manifest
 
+T = TypeVar("T")
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -132,11 +133,20 @@ def gathered(parameters: list[Any], accelerator: Accelerator, modifier_rank: int
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
+def names_in_files(model: PeftModel, tensors: Mapping[str, T]) -> dict[str, T]:
+    """The values of `tensors`, which have the model's names for its adapter, under the names that files give them.
+
+    A file drops the adapter's name, because a reader gives it one of its own. It holds the adapter and nothing else:
+    without save_embedding_layers=False PEFT would add the whole embedding layers where one of them has an adapter.
+    """
+    found: dict[str, T] = get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
+    return found
+
+
 def write_adapter(model: PeftModel, tensors: dict[str, Tensor], folder: Path) -> None:
     """Writes the adapter into `folder` and reads it back. Raises RuntimeError unless it holds what was written."""
     model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=False)
-    # A file drops the adapter's name from the tensors' names, because a reader gives it one of its own.
-    check_adapter(folder / ADAPTER, get_peft_model_state_dict(model, state_dict=tensors))
+    check_adapter(folder / ADAPTER, names_in_files(model, tensors))
 
 
 def check_adapter(file: Path, expected: dict[str, Tensor]) -> None:
@@ -271,7 +281,7 @@ def restore_adapter(checkpoint: Checkpoint | None, model: PeftModel, accelerator
     if checkpoint is None:
         return
     trainable = trainable_parameters(model)
-    parameters = get_peft_model_state_dict(model, state_dict=trainable)
+    parameters = names_in_files(model, trainable)
     has_masters = any(name.startswith("master.") for name in checkpoint.optimizer)
     keys = (*MOMENTS, "master") if has_masters else MOMENTS
     states = {f"{key}.{name}": parameter for key in keys for name, parameter in trainable.items()}

@@ -1,7 +1,5 @@
 """Finds the checkpoint that --resume means, and refuses one that this run may not go on from."""
 
-import hashlib
-import json
 import os
 import re
 from dataclasses import replace
@@ -10,25 +8,27 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from peft import get_peft_model_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
 from data.batch import Window
 from data.errors import UserError
+from data.examples import sha256_of
 from loop.batch_arithmetic import BatchArithmetic, cut_up
 from loop.engine.accelerator import mixed_precision, on_main_process
 from loop.engine.optimizer_state import restore_optimizer, trainable_parameters
 from loop.measure.phases import measured
-from loop.recipe import RUN_OPTIONS, Recipe, find_model, find_path, recipe_as_dict
-from loop.saving.checkpoint import CHECKPOINTS, Checkpoint, list_checkpoints, load_checkpoint, unwrap
+from loop.model.build import Data
+from loop.recipe import RUN_OPTIONS, Recipe, find_path, recipe_as_dict
+from loop.saving.checkpoint import (
+    CHECKPOINTS,
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    names_in_files,
+    unwrap,
+)
+from loop.saving.content import file_sha256, model_sha256
 
 DECIDED = ("batching", "gradient_checkpointing")  # keys of the recipe that may say auto
-MODEL_FILES = (
-    "config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*",
-)  # fmt: skip
-SAMPLES, SAMPLE = 64, 64 * 1024  # places that are read in a large file, and bytes that are read at each
 
 
 def find_checkpoint(name: str, recipe: Recipe) -> Checkpoint | None:
@@ -93,7 +93,7 @@ def keep_decisions(checkpoint: Checkpoint | None, recipe: Recipe) -> Recipe:
     return replace(recipe, **kept)
 
 
-def fingerprint(recipe: Recipe, batch: BatchArithmetic, accelerator: Accelerator) -> dict[str, Any]:
+def fingerprint(recipe: Recipe, data: Data, batch: BatchArithmetic, accelerator: Accelerator) -> dict[str, Any]:
     """What decides the mathematics of a run; every rank enters. Checkpoints keep it, and a resume compares it.
 
     Rank 0 alone reads the files.
@@ -102,8 +102,8 @@ def fingerprint(recipe: Recipe, batch: BatchArithmetic, accelerator: Accelerator
 
     def read() -> None:
         hashes[0] = {
-            "model_sha256": _model_sha256(recipe),
-            "train_file_sha256": _sha256(find_path(recipe.data.train_file)),
+            "model_sha256": model_sha256(recipe),
+            "train_file_sha256": file_sha256(find_path(recipe.data.train_file)),
         }
 
     on_main_process(read, accelerator)
@@ -111,42 +111,25 @@ def fingerprint(recipe: Recipe, batch: BatchArithmetic, accelerator: Accelerator
     return {
         "recipe": recipe_as_dict(recipe),
         **hashes[0],
+        "train_rows": len(data.train),
+        "train_tokens_sha256": sha256_of(data.train),
         "rows_per_step": batch.rows_per_step,
         "mixed_precision": mixed_precision(accelerator),
     }
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _model_sha256(recipe: Recipe) -> str:
-    """Hashes the base model's configuration, its tokenizer, and samples of its weights, which are many gigabytes."""
-    config = cached_file(find_model(recipe.model.name_or_path), "config.json", local_files_only=True)
-    assert config is not None
-    folder = Path(config).parent
-    patterns = (*MODEL_FILES, "*.py") if recipe.model.trust_remote_code else MODEL_FILES
-    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    weights = json.loads(index.read_text())["weight_map"].values() if index.is_file() else [SAFE_WEIGHTS_NAME]
-    digest = hashlib.sha256()
-    for file in sorted(files | {folder / name for name in weights if (folder / name).is_file()}):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as opened:
-            for start in range(0, size, max(SAMPLE, size // SAMPLES)):
-                opened.seek(start)
-                digest.update(opened.read(SAMPLE))
-    return digest.hexdigest()
-
-
 def check_resumable(
-    checkpoint: Checkpoint | None, now: dict[str, Any], recipe: Recipe, batch: BatchArithmetic, accelerator: Accelerator
+    checkpoint: Checkpoint | None,
+    now: dict[str, Any],
+    recipe: Recipe,
+    data: Data,
+    batch: BatchArithmetic,
+    accelerator: Accelerator,
 ) -> None:
     """Raises UserError, with the list of differences, when going on would not be the same run; every rank enters.
 
-    `now` is this run's fingerprint.
+    `now` is this run's fingerprint. Another number of epochs, and more rows behind those of the run, are no reason to
+    refuse: the run goes on with the schedule and the order of rows that it would have by now, and says so.
     """
     steps = gather_object([checkpoint.step if checkpoint else None])  # collective
     if len(set(steps)) > 1:
@@ -157,12 +140,20 @@ def check_resumable(
     differences = [
         f"{key}: {old} then, {new} now"
         for key, old, new in _pairs(then["recipe"], now["recipe"])
-        if old != new and key not in RUN_OPTIONS
+        if old != new and key not in RUN_OPTIONS and key != "epochs"
     ]
     if then["model_sha256"] != now["model_sha256"]:
         differences.append(f"model: the content of {recipe.model.name_or_path} is not that of the run's base model")
+    changed = [f"{then['recipe']['epochs']} epochs"] if then["recipe"]["epochs"] != recipe.epochs else []
     if then["train_file_sha256"] != now["train_file_sha256"]:
-        differences.append(f"data.train_file: the content of {recipe.data.train_file} is not that of the run's file")
+        rows = then.get("train_rows")  # a checkpoint of an older version does not know
+        if rows is None or rows > len(data.train) or sha256_of(data.train, rows) != then["train_tokens_sha256"]:
+            differences.append(
+                f"data.train_file: the content of {recipe.data.train_file} is not that of the run's file. (Rows may be "
+                "added behind the others.)"
+            )
+        elif rows < len(data.train):
+            changed.append(f"{rows:,} rows")
     if then["mixed_precision"] != now["mixed_precision"]:
         differences.append(f"mixed_precision: {then['mixed_precision']} then, {now['mixed_precision']} now")
     if then["rows_per_step"] != now["rows_per_step"]:
@@ -174,8 +165,19 @@ def check_resumable(
         )
     if checkpoint.step > batch.total_steps:
         raise UserError(
-            f"checkpoint {checkpoint.folder}: trainer_state.json says step {checkpoint.step} of {batch.total_steps}."
+            f"checkpoint {checkpoint.folder}: {checkpoint.step} steps are learned, and the run would have "
+            f"{batch.total_steps}. Give more epochs."
         )
+    if changed and accelerator.is_main_process:
+        print(_longer(" and ".join(changed), checkpoint.step, batch), flush=True)
+
+
+def _longer(before: str, step: int, batch: BatchArithmetic) -> str:
+    return (
+        f"note: until step {step} this was a run of {before}. From here it goes on as one of {batch.epochs} epochs and "
+        f"{batch.num_rows:,} rows: {batch.total_steps} steps, with the learning rates and the order of rows of such a "
+        f"run. It is not the run that would have begun with them, because its first {step} steps had others."
+    )
 
 
 def _pairs(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -209,7 +211,7 @@ def resume_optimizer(
     if checkpoint is None:
         return
     adapter = trainable_parameters(unwrap(model, accelerator))
-    files = get_peft_model_state_dict(unwrap(model, accelerator), state_dict={name: name for name in adapter})
+    files = names_in_files(unwrap(model, accelerator), {name: name for name in adapter})
     # Where no master was saved the adapter is fp32, and its own master.
     masters = {f"master.{name}": checkpoint.adapter[file_name].float() for file_name, name in files.items()}
     restore_optimizer(masters | checkpoint.optimizer, checkpoint.updates, model, optimizer, empty_window, accelerator)

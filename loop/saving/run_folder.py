@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -16,8 +17,9 @@ from accelerate.utils import broadcast_object_list
 
 from data.errors import UserError
 from loop.engine.accelerator import on_main_process
-from loop.recipe import Recipe, recipe_as_dict
+from loop.recipe import Recipe, absolute, recipe_as_dict
 from loop.saving.checkpoint import Checkpoint, clear_up
+from loop.saving.content import INPUTS
 
 PACKAGES = ("accelerate", "deepspeed", "peft", "safetensors", "swanlab", "tokenizers", "torch", "transformers")
 
@@ -39,11 +41,15 @@ def check_run_folder(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
         raise UserError(f"run_dir {folder} is not an empty folder. Name another one or remove it.")
 
 
-def create_run_folder(name: str, recipe: Recipe, checkpoint: Checkpoint | None, accelerator: Accelerator) -> Path:
-    """Makes the run folder with recipe.yaml and versions.json in it; every rank enters.
+def create_run_folder(
+    name: str, recipe: Recipe, run: Mapping[str, Any], checkpoint: Checkpoint | None, accelerator: Accelerator
+) -> Path:
+    """Makes the run folder and writes what is known before the first step; every rank enters.
 
-    recipe.yaml holds what is run: where the recipe said auto, what was decided. A run that goes on after `checkpoint`
-    keeps its folder, and the lines that its metrics.jsonl has of later steps are removed. Raises UserError when the
+    recipe.yaml holds what is run: where the recipe said auto, what was decided. inputs.json holds the hashes of the
+    model and the training file, from the fingerprint `run`. versions.json names the packages, and deepspeed_config.json
+    what accelerate made of the configuration when it prepared the model. A run that goes on after `checkpoint` keeps
+    its folder, and the lines that its metrics.jsonl has of later steps are removed. Raises UserError when the
     folder cannot be made.
     """
     step = checkpoint.step if checkpoint else 0
@@ -56,30 +62,35 @@ def create_run_folder(name: str, recipe: Recipe, checkpoint: Checkpoint | None, 
             run_dir.mkdir(parents=True, exist_ok=True)
             clear_up(run_dir, step)
             _cut_metrics(run_dir / "metrics.jsonl", step)
-            values = recipe_as_dict(recipe) | {"resume": None}
+            values = recipe_as_dict(_that_can_move(recipe))
             (run_dir / "recipe.yaml").write_text(
                 yaml.safe_dump(values, allow_unicode=True, sort_keys=False), encoding="utf-8"
             )
+            write_json(run_dir / INPUTS, {key: run[key] for key in ("model_sha256", "train_file_sha256")})
             write_json(run_dir / "versions.json", {package: version(package) for package in PACKAGES})
+            write_json(run_dir / "deepspeed_config.json", getattr(accelerator, "deepspeed_config", {}))
 
     on_main_process(create, accelerator)
     return run_dir
+
+
+def _that_can_move(recipe: Recipe) -> Recipe:
+    """The recipe with paths that mean the same from every folder; it does not name its own folder, which may move."""
+    model, data = recipe.model, recipe.data
+    validation = data.validation_file and absolute(data.validation_file)
+    return replace(
+        recipe,
+        model=replace(model, name_or_path=absolute(model.name_or_path)),
+        data=replace(data, train_file=absolute(data.train_file), validation_file=validation),
+        run_dir=None,
+        resume=None,
+    )
 
 
 def _new_name(name: str) -> Path:
     folder = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     begun_in_the_same_second = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
     return next(path for path in chain([folder], begun_in_the_same_second) if not path.exists())
-
-
-def write_engine_config(run_dir: Path, accelerator: Accelerator) -> None:
-    """Writes deepspeed_config.json as accelerate resolved it when it prepared the model; every rank enters."""
-
-    def write() -> None:
-        with _writing(run_dir):
-            write_json(run_dir / "deepspeed_config.json", getattr(accelerator, "deepspeed_config", {}))
-
-    on_main_process(write, accelerator)
 
 
 @contextmanager

@@ -2,15 +2,16 @@
 
 import os
 import platform
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from peft import PeftModel
 
 from data.examples import answer_lengths_of, lengths_of
 from loop.engine.accelerator import mixed_precision
 from loop.internals.deepspeed_internals import numel_of
+from loop.model.build import adapters_of
 from loop.planning.decisions import Decided
 from loop.state import Job
 
@@ -22,7 +23,7 @@ def device_name(accelerator: Accelerator) -> str:
     return f"{accelerator.device} {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def overview(job: Job, decided: Decided, model: Any) -> str:
+def overview(job: Job, decided: Decided, model: PeftModel) -> str:
     """The page's text; every rank enters."""
     recipe, data, batch, accelerator = job.recipe, job.data, job.batch, job.accelerator
     devices = gather_object(
@@ -40,6 +41,7 @@ def overview(job: Job, decided: Decided, model: Any) -> str:
         "precision": f"{mixed_precision(accelerator)}, adapters {' and '.join(dtypes)}",
         "model": f"{recipe.model.name_or_path}: {trainable:,} of {everything:,} parameters train "
         f"({100 * trainable / everything:.2f} %)",
+        **_left_out(model),
         **decided.said,
         "data": f"{len(data.train):,} rows, {tokens:,} tokens, {label_tokens:,} of them labels; "
         f"{len(data.validation):,} validation rows",
@@ -50,6 +52,14 @@ def overview(job: Job, decided: Decided, model: Any) -> str:
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def _left_out(model: PeftModel) -> dict[str, str]:
+    """The line about layers that got no adapter, if there are any."""
+    layers = sorted(adapters_of(model).exclude_modules or [])
+    if not layers:
+        return {}
+    return {"adapters": f"{len(layers):,} layers get none, because no row of text reaches them, first {layers[0]}"}
 
 
 def engine(accelerator: Accelerator) -> str:

@@ -1,0 +1,69 @@
+"""Tries out, on the real model, whether a row's loss depends on the rows beside it in a micro-batch.
+
+It depends on them where a layer carries a state from row to row, counts positions through the whole micro-batch, or
+sets itself by the longest row. Nothing here knows the kinds: whatever the cause is, the losses differ.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from data.examples import Example, lengths_of
+from data.layout import Layout, collate
+from loop.step import summed_nll
+
+TRIED = 3  # rows whose loss is computed twice, alone and among others
+# Nats for each label token by which the two losses may differ through rounding alone.
+TOLERANCES = {"no": 1e-3, "fp16": 0.02, "bf16": 0.1}
+
+
+def rows_to_try(examples: Sequence[Example], micro_batch_size: int) -> list[Example]:
+    """The rows of one micro-batch, longest first: the longest and the shortest of all, and the first of the others."""
+    lengths = lengths_of(examples)
+    ends = [int(np.argmax(lengths)), int(np.argmin(lengths))]
+    others = (i for i in range(len(examples)) if i not in ends)
+    chosen = list(dict.fromkeys([*ends, *(i for i, _ in zip(others, range(micro_batch_size - 2), strict=False))]))
+    rows = [examples[i] for i in chosen[:micro_batch_size]]
+    return sorted(rows, key=lambda example: -example.length)
+
+
+def tried(rows: Sequence[Example]) -> list[int]:
+    """The places of the rows whose loss is computed twice: the first, the middle and the last one."""
+    return sorted({round(at * (len(rows) - 1) / (TRIED - 1)) for at in range(TRIED)})
+
+
+@torch.no_grad()
+def losses_alone(
+    model: torch.nn.Module, rows: Sequence[Example], pad_token_id: int, device: torch.device
+) -> list[float]:
+    """The loss of each of the tried `rows` in a micro-batch of its own, in nats for each label token.
+
+    `model` is in evaluation mode, has its own attention, and returns the summed loss. Collective under ZeRO-3.
+    """
+    batches = [collate([rows[i]], "padded", pad_token_id).to(device) for i in tried(rows)]
+    return [summed_nll(model, batch).item() / len(batch.label_ids) for batch in batches]
+
+
+@torch.no_grad()
+def losses_among_others(
+    model: torch.nn.Module, rows: Sequence[Example], layout: Layout, pad_token_id: int, device: torch.device
+) -> list[float]:
+    """The same losses where all `rows` share one micro-batch, for which the model has the attention of `layout`."""
+    together = collate(rows, layout, pad_token_id).to(device)
+    ends = list(accumulate((len(row.answer_ids) for row in rows), initial=0))
+    found = []
+    for i in tried(rows):
+        labels = slice(ends[i], ends[i + 1])
+        only = replace(together, predicts=together.predicts[labels], label_ids=together.label_ids[labels])
+        found.append(summed_nll(model, only).item() / len(only.label_ids))
+    return found
+
+
+def largest_gap(alone: Sequence[float], among: Sequence[float]) -> float:
+    """The largest difference between the losses; infinite where one is not a number."""
+    gaps = [abs(a - b) for a, b in zip(alone, among, strict=True)]
+    return math.inf if any(map(math.isnan, gaps)) else max(gaps)
