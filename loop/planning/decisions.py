@@ -74,10 +74,13 @@ def keep_rows_apart(
     most, pad, device = TOLERANCES[mixed_precision(accelerator)], data.pad_token_id, accelerator.device
     found: dict[Layout, float] = {}
     model.eval()
-    base.set_attn_implementation(recipe.model.attn_implementation)
+    own = recipe.model.attn_implementation
+    if decided.layout != "padded":
+        base.set_attn_implementation(own)
     alone = losses_alone(model, rows, pad, device)
     for layout in LAYOUTS[LAYOUTS.index(decided.layout) :: -1] if decided.auto else (decided.layout,):
-        base.set_attn_implementation(recipe.model.attn_implementation)
+        if layout != decided.layout:
+            base.set_attn_implementation(own)
         set_layout(base, layout)
         found[layout] = largest_gap(alone, losses_among_others(model, rows, layout, pad, device))
         if not largest_of_ranks(int(found[layout] > most), accelerator):  # collective
