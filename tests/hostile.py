@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from loop.recipe import ROOT
 from loop.saving.checkpoint import STATE
@@ -34,10 +35,10 @@ class Case:
     """What `accelerate launch` would have set for another YAML."""
 
 
-def data(content: str | bytes, said: str, option: str = "--data.train_file") -> Case:
+def data(content: str | bytes, said: str, option: str = "--data.train_file", more: Sequence[str] = ()) -> Case:
     def make(folder: Path) -> list[str]:
         (folder / "rows.json").write_bytes(content.encode() if isinstance(content, str) else content)
-        return [option, str(folder / "rows.json")]
+        return [option, str(folder / "rows.json"), *more]
 
     return Case(make, said)
 
@@ -185,6 +186,14 @@ def small_vocabulary(folder: Path) -> None:
     save_file(held, folder / "model.safetensors", {"format": "pt"})
 
 
+def few_positions(folder: Path) -> list[str]:
+    """A GPT-2, which has an embedding for each of its positions."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=833, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    shutil.copytree(TINY, folder / "model")
+    model.save_pretrained(folder / "model")
+    return ["--model.name_or_path", str(folder / "model"), "--lora.target_modules", "[c_fc]"]
+
+
 def only_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(EVIL)
@@ -292,6 +301,7 @@ CASES: dict[str, Case] = {
     "recipe: three betas": arguments("optim.betas", "--optim.betas", "[0.9, 0.99, 0.999]"),
     "recipe: beta of one": arguments("optim.betas is", "--optim.betas", "[0.9, 1]"),
     "recipe: warm-up for ever": arguments("optim.warmup_ratio is 1", "--optim.warmup_ratio", "1"),
+    "recipe: nothing but warm-up": data(GOOD, "of the 2 steps would be warm-up", more=["--optim.warmup_ratio", "0.9"]),
     "recipe: dropout of everything": arguments("lora.dropout is 1", "--lora.dropout", "1"),
     "recipe: rank 0": arguments("lora.rank is 0", "--lora.rank", "0"),
     "recipe: no target": arguments("lora.target_modules is", "--lora.target_modules", "[]"),
@@ -366,9 +376,8 @@ CASES: dict[str, Case] = {
     "model: chat template refuses": template("{{ raise_exception('no system turns') }}", "no system turns"),
     "model: chat template reaches out": template("{{ messages.__class__.__mro__ }}", "chat template"),
     "model: chat template forgets the user": template("hello", "chat template"),
-    "model: vocabulary smaller than the tokenizer": model(
-        small_vocabulary, "vocabulary has 100 tokens and its tokenizer 833"
-    ),
+    "model: vocabulary smaller than the tokenizer": model(small_vocabulary, "has embeddings for 100 tokens"),
+    "model: fewer positions than the longest row": Case(few_positions, "was made for 16, and it has no embedding"),
     "model: LoRA target that is not there": arguments("z_proj", "--lora.target_modules", "[q_proj, z_proj]"),
     "model: LoRA target that is no layer": arguments("lora.target_modules", "--lora.target_modules", "[self_attn]"),
     # --- checkpoints

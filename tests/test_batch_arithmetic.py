@@ -1,11 +1,14 @@
 """Rows of a step, steps, and warm-up, against numbers counted by hand."""
 
+import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from data.errors import UserError
 from loop.batch_arithmetic import BatchArithmetic, cut_up, settle_accumulation
+from loop.model.build import build_lr_scheduler
 from loop.recipe import DEFAULT_RECIPE, parse_recipe
 
 DEBUG = DEFAULT_RECIPE.with_name("debug.yaml")
@@ -61,3 +64,41 @@ def test_the_fix_that_is_advised_is_one() -> None:
             if found:
                 assert found[0] * found[1] * processes == rows
                 assert 1 <= found[0] <= 5
+
+
+def schedule(rows: int, *arguments: str) -> BatchArithmetic:
+    return BatchArithmetic.of(parse_recipe(["--config", str(DEBUG), *arguments])[1], 1, rows)
+
+
+def test_a_run_that_is_nothing_but_warm_up_is_refused() -> None:
+    """Four rows a step. In its one step the learning rate would be 0."""
+    with pytest.raises(UserError) as error:
+        schedule(3, "--epochs", "1").check_schedule()
+    assert "optim.warmup_ratio is 0.03: 1 of the 1 steps would be warm-up" in str(error.value)
+    assert "Give --epochs 2, fewer rows a step, or a smaller --optim.warmup_ratio" in str(error.value)
+    for fixed in (("--epochs", "2"), ("--epochs", "1", "--optim.warmup_ratio", "0")):
+        schedule(3, *fixed).check_schedule()
+    schedule(3, "--epochs", "1", "--micro_batch_size", "1").check_schedule()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.03, 0.34, 0.5, 0.8, 0.95])
+def test_the_schedules_that_are_refused_are_those_that_never_reach_the_peak(ratio: float) -> None:
+    """The judge is the schedule itself, as the run uses it."""
+    for epochs in range(1, 30):
+        batch = schedule(4, "--epochs", str(epochs), "--optim.warmup_ratio", str(ratio))
+        recipe = parse_recipe(["--config", str(DEBUG), "--optim.warmup_ratio", str(ratio)])[1]
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.optim.lr)
+        scheduler = build_lr_scheduler(recipe, optimizer, batch.total_steps)
+        rates = []
+        for _ in range(batch.total_steps):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        if max(rates) == recipe.optim.lr:
+            batch.check_schedule()
+            continue
+        with pytest.raises(UserError) as error:
+            batch.check_schedule()
+        advised = re.search(r"--epochs (\d+)", str(error.value))
+        assert advised
+        schedule(4, "--epochs", advised[1], "--optim.warmup_ratio", str(ratio)).check_schedule()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,12 +15,13 @@ from data.errors import UserError
 from data.examples import Example
 from loop.batch_arithmetic import BatchArithmetic
 from loop.model.build import Data
-from loop.recipe import parse_recipe
+from loop.recipe import DEFAULT_RECIPE, parse_recipe
 from loop.saving.checkpoint import Checkpoint
 from loop.saving.content import SAMPLE, SAMPLES, model_sha256
 from loop.saving.resume import check_resumable, fingerprint, keep_decisions
 from tests.hostile import TINY, flip_bit
 
+DEBUG = DEFAULT_RECIPE.with_name("debug.yaml")
 DATA = Data([Example(1, [1, 2], [3])], [], 0)
 
 
@@ -109,3 +112,54 @@ def test_of_large_files_samples_are_read(tmp_path: Path) -> None:
         after = hash_of(tmp_path / "copy")
         assert after != before
         before = after
+
+
+def resumed(then_rows: list[Example], now_rows: list[Example], *arguments: str, steps: int = 4) -> str:
+    """What check_resumable says to a run of debug.yaml (two epochs, four rows a step) that goes on after `steps`."""
+    recipe = parse_recipe(["--config", str(DEBUG)])[1]
+    accelerator = Accelerator(cpu=True)
+    then = fingerprint(recipe, Data(then_rows, [], 0), BatchArithmetic.of(recipe, 1, len(then_rows)), accelerator)
+    checkpoint = Checkpoint(Path("step-000004"), {"step": steps, "run": then}, {}, {})
+    recipe = parse_recipe(["--config", str(DEBUG), *arguments])[1]
+    data, batch = Data(now_rows, [], 0), BatchArithmetic.of(recipe, 1, len(now_rows))
+    now = fingerprint(recipe, data, batch, accelerator)
+    if now_rows != then_rows:
+        now["train_file_sha256"] = "another"
+    said = StringIO()
+    with redirect_stdout(said):
+        check_resumable(checkpoint, now, recipe, data, batch, accelerator)
+    return said.getvalue()
+
+
+SEVEN = [Example(number, [number], [number, 9]) for number in range(1, 8)]
+EIGHTH = Example(8, [3, 4], [5])
+
+
+def test_more_epochs_or_rows_go_on_and_say_what_that_is() -> None:
+    assert resumed(SEVEN, SEVEN) == ""
+    said = resumed(SEVEN, SEVEN, "--epochs", "4")
+    assert said.startswith(
+        "note: until step 4 this was a run of 2 epochs. From here it goes on as one of 4 epochs and "
+    )
+    assert "7 rows: 8 steps" in said
+    said = resumed(SEVEN, [*SEVEN, EIGHTH], "--epochs", "3")
+    assert "this was a run of 2 epochs and 7 rows. From here it goes on as one of 3 epochs and 8 rows: 6 steps" in said
+    assert "It is not the run that would have begun with them" in said
+
+
+def test_rows_that_were_changed_are_refused() -> None:
+    for changed in ([EIGHTH, *SEVEN], SEVEN[:6], [*SEVEN[:6], EIGHTH], [*SEVEN[:6], EIGHTH, EIGHTH], SEVEN[::-1]):
+        with pytest.raises(UserError, match=r"data.train_file: .* is not that of the run's file. \(Rows may be added"):
+            resumed(SEVEN, changed)
+
+
+def test_the_same_rows_in_another_file_are_the_same_run() -> None:
+    """The file was written in another way, with the same rows in it; that needs no note."""
+    again = [Example(row.row + 100, row.prompt_ids, row.answer_ids) for row in SEVEN]
+    assert resumed(SEVEN, again) == ""
+
+
+def test_a_run_is_not_made_shorter_than_it_is() -> None:
+    with pytest.raises(UserError, match=r"4 steps are learned, and the run would have 2. Give more epochs"):
+        resumed(SEVEN, SEVEN, "--epochs", "1")
+    assert "this was a run of 2 epochs" in resumed(SEVEN, SEVEN, "--epochs", "1", steps=2)

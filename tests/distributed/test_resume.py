@@ -1,5 +1,7 @@
 """An interrupted run that goes on is the uninterrupted run: to the bit where nothing else changed."""
 
+import json
+import math
 import shutil
 from functools import cache
 from pathlib import Path
@@ -166,3 +168,47 @@ def test_on_another_topology(before: Any, after: Any, whole: Any, tmp_path: Path
     ours, theirs = (load_file(r.folder / "adapter" / "adapter_model.safetensors") for r in (resumed, run))
     for name, tensor in theirs.items():
         assert (ours[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+def cosine(step: int, total: int) -> float:
+    """The learning rate of a step in closed form: a warm-up of one step, then half a cosine."""
+    return 3e-3 * 0.5 * (1 + math.cos(math.pi * (step - 2) / (total - 1)))
+
+
+def longer(run: Run, folder: Path, name: str, processes: int, precision: str, *more: str, total: int) -> None:
+    """`run` goes on to `total` steps, with the rates of so long a run; and once more with a crash on the way."""
+    shutil.copytree(run.folder, folder / "run")
+    done = train(name, folder / "run", processes, precision, 0.2, "--resume", "auto", "--log_every", "1", *more)
+    assert done.code == 0, done.output
+    assert done.output.count(f"note: until step {STEPS} this was a run of ") == 1
+    assert without_clock(done)[:3] == without_clock(run)
+    assert [line["step"] for line in done.metrics[3:]] == list(range(STEPS + 1, total + 1))
+    rates = [cosine(step, total) for step in range(STEPS + 1, total + 1)]
+    assert done.series("train/lr")[3:] == pytest.approx(rates, rel=1e-6)
+
+    shutil.copytree(done.folder, folder / "again")
+    shutil.rmtree(folder / "again" / "adapter")
+    for step in range(STEPS + 2, total + 1):
+        shutil.rmtree(folder / "again" / "checkpoints" / f"step-{step:06d}")
+    again = train(name, folder / "again", processes, precision, 0.2, "--resume", "auto", "--log_every", "1", *more)
+    assert again.code == 0, again.output
+    assert "note: until step" not in again.output, "by now it is a run of so many epochs and rows"
+    assert without_clock(again) == without_clock(done)
+    for file in ("adapter/adapter_model.safetensors", f"checkpoints/step-{total:06d}/optimizer.safetensors"):
+        assert (again.folder / file).read_bytes() == (done.folder / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(("name", "processes", "precision"), [("zero3", 2, "bf16"), ("single_cpu", 1, "no")])
+def test_training_longer(name: str, processes: int, precision: str, whole: Any, tmp_path: Path) -> None:
+    run = whole(name, processes, precision, 0.2)
+    longer(run, tmp_path, name, processes, precision, "--epochs", "5", total=10)
+
+
+def test_with_more_rows(whole: Any, tmp_path: Path) -> None:
+    """Seven rows become ten: three steps an epoch, and nine in three epochs."""
+    rows = (ROOT / "data" / "math" / "debug.jsonl").read_text(encoding="utf-8").splitlines()
+    more = json.loads((ROOT / "data" / "math" / "math_train_1798.json").read_text(encoding="utf-8"))[:3]
+    file = tmp_path / "more.jsonl"
+    file.write_text("\n".join([*rows, *map(json.dumps, more)]), encoding="utf-8")
+    run = whole("single_cpu", 1, "no", 0.2)
+    longer(run, tmp_path, "single_cpu", 1, "no", "--data.train_file", str(file), total=9)

@@ -1,0 +1,170 @@
+"""What a model can take is read before the start: positions, token ids with an embedding, layers that a row reaches."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, OPTConfig
+
+from data.errors import UserError
+from data.examples import Example, Examples, sha256_of
+from loop.model.build import adapt, adapters_of, add_adapters
+from loop.model.limits import check_limits, positions_of
+from loop.model.reach import unreached_layers
+from loop.recipe import parse_recipe
+from tests.test_neighbours import DYNAMIC, LONG, SMALL, random_model
+
+TEXT = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def on_meta(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def row(length: int, token: int = 5) -> Example:
+    return Example(7, [token] * (length - 1), [token])
+
+
+LEARNED = {
+    "GPT-2": GPT2Config(vocab_size=100, n_positions=64, n_embd=32, n_layer=1, n_head=2),
+    "OPT, with two spare rows": OPTConfig(
+        **TEXT, ffn_dim=32, max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=1
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_a_row_beyond_learned_positions_is_refused(kind: str) -> None:
+    """The model itself, asked with one token more, is the judge: it fails."""
+    config = LEARNED[kind]
+    assert check_limits(on_meta(config), [[row(64)]]) is None
+    with pytest.raises(UserError, match="longest row has 65 tokens, but the model was made for 64, and it has no"):
+        check_limits(on_meta(config), [[row(3)], [row(65)]])
+    model = AutoModelForCausalLM.from_config(config)
+    model(input_ids=torch.tensor([row(64).prompt_ids + row(64).answer_ids]))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, 65), 5), position_ids=torch.arange(65)[None])
+
+
+def test_a_row_beyond_rope_is_a_warning() -> None:
+    base = random_model("llama").to("meta")
+    assert check_limits(base, [[row(128)]]) is None
+    said = check_limits(base, [[row(129)], []])
+    assert said == "the longest row has 129 tokens, but the model was made for 128: it may be weak beyond them, and " \
+        "nothing here checks that"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "positions"),
+    [
+        ("llama", {}, 128),
+        ("llama", {"rope_parameters": DYNAMIC | {"factor": 4.0}}, 512),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, 256),
+        # Llama 3.1 writes the longer number into max_position_embeddings itself.
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "rope_theta": 1e4,
+                }
+            },
+            128,
+        ),
+        # Qwen2.5's advice for long texts adds YaRN and leaves max_position_embeddings as it was.
+        (
+            "qwen2",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 128,
+                    "rope_theta": 1e4,
+                }
+            },
+            512,
+        ),
+        ("phi3", {"rope_parameters": LONG | {"original_max_position_embeddings": 16}}, 128),
+    ],
+)
+def test_positions_count_the_scaling_of_rope(kind: str, more: dict[str, Any], positions: int) -> None:
+    assert positions_of(AutoConfig.for_model(kind, **(SMALL | more))) == positions
+
+
+def test_a_model_that_names_no_limit_has_none() -> None:
+    assert positions_of(AutoConfig.for_model("mamba2")) is None
+    assert positions_of(AutoConfig.for_model("bloom")) is None
+
+
+def test_a_token_without_an_embedding_is_refused_and_others_are_not() -> None:
+    base = random_model("llama").to("meta")
+    assert check_limits(base, [[row(5, token=99)]]) is None
+    for rows in ([row(5), Example(12, [1, 100], [3])], Examples([row(5), Example(12, [1], [3, 100])])):
+        with pytest.raises(UserError, match=r"row 12 has a token with the id 100, but .* has embeddings for 100"):
+            check_limits(base, [rows])
+
+
+def vision_config() -> Any:
+    """Gemma 3 with a vision tower, whose layers have the same names as those of the text model."""
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return AutoConfig.for_model(
+        "gemma3",
+        text_config=TEXT | {"head_dim": 16, "num_key_value_heads": 1, "sliding_window": 64},
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=99,
+    )
+
+
+def test_a_vision_tower_gets_no_adapters() -> None:
+    """What learns is what the text path calls: the judge is a real backward pass."""
+    recipe = parse_recipe(["--lora.target_modules", "[q_proj, o_proj]"])[1]
+    model = add_adapters(on_meta(vision_config()), recipe)
+    names = {name.rpartition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert names
+    assert not [name for name in names if "vision" in name]
+    left_out = list(adapters_of(model).exclude_modules or [])
+    assert len(left_out) == 2, "each of two layers of the tower has a q_proj, but no o_proj"
+    assert all("vision" in name for name in left_out)
+
+    torch.manual_seed(0)
+    real = adapt(AutoModelForCausalLM.from_config(vision_config()), adapters_of(model), autocast_adapter_dtype=True)
+    for parameter in real.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    real.get_base_model()(input_ids=torch.tensor([[5, 6, 7]])).logits.logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in real.parameters() if p.requires_grad)
+
+
+def test_a_target_that_no_row_reaches_is_refused() -> None:
+    recipe = parse_recipe(["--lora.target_modules", "[q_proj, out_proj]"])[1]
+    with pytest.raises(UserError, match=r"lora.target_modules: no row of text reaches the layers of .* named out_proj"):
+        add_adapters(on_meta(vision_config()), recipe)
+
+
+def test_where_every_layer_is_reached_none_is_left_out() -> None:
+    for kind in ("llama", "qwen2", "nemotron_h"):
+        model = random_model(kind).to("meta")
+        assert unreached_layers(model, ["q_proj", "up_proj", "lm_head"]) == []
+
+
+def test_the_hash_of_rows_is_that_of_their_tokens() -> None:
+    """Independent of where the rows lie; row numbers do not change it, and any token does."""
+    rows = [Example(1, [1, 2], [3]), Example(2, [4], [5, 6]), Example(3, [7], [8])]
+    kept = Examples(rows)
+    assert sha256_of(kept) == sha256_of(rows)
+    assert sha256_of(kept, 2) == sha256_of(rows[:2]) == sha256_of(Examples(rows[:2]))
+    assert sha256_of([Example(9, *([e.prompt_ids, e.answer_ids])) for e in rows]) == sha256_of(rows)
+    others = [
+        rows[::-1],
+        rows[:2],
+        [Example(1, [1], [2, 3]), *rows[1:]],
+        [Example(1, [1, 2, 3], [4]), Example(2, [5, 6], [7]), rows[2]],
+    ]
+    assert len({sha256_of(rows), *map(sha256_of, others)}) == 1 + len(others)
+    assert Examples(rows).largest_id == 8
