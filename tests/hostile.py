@@ -407,7 +407,7 @@ CASES: dict[str, Case] = {
     "checkpoint: state a list": checkpoint(lambda folder: (folder / STATE).write_text("[]"), "checkpoint", resign=True),
     "checkpoint: step negative": state("trainer_state.json", step=-4),
     "checkpoint: step in words": state("trainer_state.json", step="four"),
-    "checkpoint: beyond the end": state("trainer_state.json", step=1000, updates=1000),
+    "checkpoint: beyond the end": state("1000 steps are learned", step=1000, updates=1000),
     "checkpoint: more updates than steps": state("trainer_state.json", updates=5),
     "checkpoint: no account of its run": state("trainer_state.json", run="gone"),
     "checkpoint: losses in words": state("trainer_state.json", interval={"nlls": "many", "num_label_tokens": 5}),

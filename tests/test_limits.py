@@ -14,7 +14,13 @@ from loop.model.reach import unreached_layers
 from loop.recipe import parse_recipe
 from tests.test_neighbours import DYNAMIC, LONG, SMALL, random_model
 
-TEXT = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+TEXT: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 def on_meta(config: Any) -> Any:
