@@ -64,6 +64,7 @@ def deepspeed_parts() -> dict[str, tuple[Callable[[], Any], list[str]]]:
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
     from deepspeed.utils.mixed_precision_linkage import link_hp_params
 
@@ -86,6 +87,15 @@ def deepspeed_parts() -> dict[str, tuple[Callable[[], Any], list[str]]]:
             ["self.persistent_parameters[0].all_gather(self.persistent_parameters)"],
         ),
         "stage 3 ends its step so": (lambda: Stage3, ["def _post_step(", "self._post_step(timer_names)"]),
+        "the coordinator": (lambda: Stage3, ["def _get_param_coordinator("]),
+        "the order of modules": (
+            lambda: PartitionedParameterCoordinator,
+            [
+                "@functools.lru_cache(maxsize=None)\n    def __params_to_release(",
+                "def _invalidate_trace(",
+                "def is_invalid_trace(",
+            ],
+        ),
         "Muon's compiler": (lambda: compiler.compile, ["def compile("]),
     }
 

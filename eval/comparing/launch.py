@@ -93,10 +93,11 @@ def guarded(mark: str) -> Iterator[None]:
 
 def end_processes(mark: str) -> None:
     """Sends SIGTERM to all processes with this mark, and SIGKILL to the processes that do not end after it."""
-    for process in _marked(mark):
+    marked = _marked(mark)
+    for process in marked:
         with contextlib.suppress(psutil.Error):
             process.terminate()
-    _wait_for_their_end(mark, GRACE)
+    _wait_for_their_end(marked, mark, GRACE)
     for _ in range(10):  # a process may have started another one in the meantime
         left = _marked(mark)
         if not left:
@@ -104,15 +105,25 @@ def end_processes(mark: str) -> None:
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        _wait_for_their_end(mark, 1.0)
+        _wait_for_their_end(left, mark, 1.0)
 
 
-def _wait_for_their_end(mark: str, seconds: float) -> None:
-    """Waits at most `seconds`. A process that has ended counts as gone, also while its parent has not asked for it:
-    the parent may be waiting for us."""
+def _wait_for_their_end(processes: Sequence[psutil.Process], mark: str, seconds: float) -> None:
+    """Waits at most `seconds` for `processes` and for those that have this mark.
+
+    A process that ends loses its mark a moment before it has ended. One that has ended counts as gone, also while its
+    parent has not asked for it: the parent may be waiting for us.
+    """
     deadline = time.monotonic() + seconds
-    while _marked(mark) and time.monotonic() < deadline:
+    while (any(map(_runs, processes)) or _marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _marked(mark: str) -> list[psutil.Process]:

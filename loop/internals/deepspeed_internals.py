@@ -1,6 +1,7 @@
 """The private parts of DeepSpeed that this project reads or replaces, and the reason for each."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -119,6 +120,31 @@ def gather_persistent_at_once(engine: Any) -> None:
         after_update(*arguments)
 
     engine.optimizer._post_step = gather_first
+
+
+@contextlib.contextmanager
+def order_of_modules_forgotten(engine: Any) -> Iterator[None]:
+    """Within this context stage 3 forgets after each forward pass in which order the modules ran.
+
+    Stage 3 records that order in one step and decides by it, in all later ones, which weights stay gathered until the
+    backward pass. It keeps these decisions in a cache that nothing clears. Had it seen forward passes without a
+    backward pass first, it would gather every weight twice in each step to the end of the run. Does nothing at other
+    stages.
+    """
+    get_coordinator = getattr(getattr(engine, "optimizer", None), "_get_param_coordinator", None)
+    if get_coordinator is None:
+        yield
+        return
+
+    def forget(*_: Any) -> None:
+        if not get_coordinator().is_invalid_trace():
+            get_coordinator()._invalidate_trace()
+
+    hook = engine.register_forward_hook(forget)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def import_muon_uncompiled() -> None:

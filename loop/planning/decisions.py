@@ -1,5 +1,6 @@
 """Decides what a recipe leaves to `auto`: how rows share a micro-batch, and whether activations are recomputed."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -13,6 +14,7 @@ from data.examples import lengths_of
 from data.layout import Layout
 from loop.engine.accelerator import largest_of_ranks, mixed_precision
 from loop.engine.deepspeed_config import size_buckets_for_lora
+from loop.internals.deepspeed_internals import order_of_modules_forgotten
 from loop.measure.memory import free_host_memory
 from loop.model.build import WEIGHT_DTYPES, Data, set_layout
 from loop.model.limits import check_limits
@@ -69,33 +71,46 @@ def keep_rows_apart(
     """
     if recipe.micro_batch_size == 1 or len(data.train) == 1:
         return decided
-    rows = rows_to_try(data.train, recipe.micro_batch_size)
-    base = accelerator.unwrap_model(model, keep_torch_compile=False).get_base_model()
-    most, pad, device = TOLERANCES[mixed_precision(accelerator)], data.pad_token_id, accelerator.device
-    found: dict[Layout, float] = {}
+    candidates = LAYOUTS[LAYOUTS.index(decided.layout) :: -1] if decided.auto else (decided.layout,)
     model.eval()
-    own = recipe.model.attn_implementation
-    if decided.layout != "padded":
-        base.set_attn_implementation(own)
-    alone = losses_alone(model, rows, pad, device)
-    for layout in LAYOUTS[LAYOUTS.index(decided.layout) :: -1] if decided.auto else (decided.layout,):
-        if layout != decided.layout:
-            base.set_attn_implementation(own)
-        set_layout(base, layout)
-        found[layout] = largest_gap(alone, losses_among_others(model, rows, layout, pad, device))
-        if not largest_of_ranks(int(found[layout] > most), accelerator):  # collective
-            break
-    else:
-        other = ", or another --batching." if len(found) == 1 and layout != "padded" else "."
+    with order_of_modules_forgotten(model):
+        found, right = _try_layouts(candidates, recipe, data, model, accelerator)
+    model.train()
+    if right is None:
+        other = ", or another --batching." if not decided.auto and decided.layout != "padded" else "."
         raise UserError(
             f"batching: a row's loss in this model depends on the rows beside it in a micro-batch: {_gaps(found)}. "
             f"Give --micro_batch_size 1 and more --grad_accum_steps{other}"
         )
-    model.train()
-    if layout == decided.layout:
+    if right == decided.layout:
         return decided
-    why = f"{layout} (auto), because a row's loss depends on the rows beside it: {_gaps(found, layout)}"
-    return replace(decided, layout=layout, said=decided.said | {"batching": why})
+    why = f"{right} (auto), because a row's loss depends on the rows beside it: {_gaps(found, right)}"
+    return replace(decided, layout=right, said=decided.said | {"batching": why})
+
+
+def _try_layouts(
+    candidates: Sequence[Layout], recipe: Recipe, data: Data, model: torch.nn.Module, accelerator: Accelerator
+) -> tuple[dict[Layout, float], Layout | None]:
+    """Returns the largest gap of each layout that was tried, and the first layout without one, which the model has now.
+
+    Collective. `model` is in evaluation mode and has the attention of the first candidate.
+    """
+    rows = rows_to_try(data.train, recipe.micro_batch_size)
+    base = accelerator.unwrap_model(model, keep_torch_compile=False).get_base_model()
+    most, pad, device = TOLERANCES[mixed_precision(accelerator)], data.pad_token_id, accelerator.device
+    own = recipe.model.attn_implementation
+    if candidates[0] != "padded":
+        base.set_attn_implementation(own)
+    alone = losses_alone(model, rows, pad, device)
+    found: dict[Layout, float] = {}
+    for layout in candidates:
+        if layout != candidates[0]:
+            base.set_attn_implementation(own)
+        set_layout(base, layout)
+        found[layout] = largest_gap(alone, losses_among_others(model, rows, layout, pad, device))
+        if not largest_of_ranks(int(found[layout] > most), accelerator):
+            return found, layout
+    return found, None
 
 
 def _gaps(found: dict[Layout, float], right: Layout | None = None) -> str:

@@ -117,8 +117,8 @@ def test_a_disk_that_is_full_at_the_second_checkpoint(tmp_path: Path) -> None:
 
 @needs_mount
 def test_a_disk_that_is_full_at_a_log_line(tmp_path: Path) -> None:
-    """Three pages hold what stands in the run folder before the first step."""
-    run = on_a_disk_of("12k", tmp_path, "")
+    """Four pages hold what stands in the run folder before the first step."""
+    run = on_a_disk_of("16k", tmp_path, "")
     assert is_one_error(run, "step 1: ")
     assert "metrics.jsonl could not be written" in run.output
 

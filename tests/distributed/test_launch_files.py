@@ -55,6 +55,7 @@ def test_launches(config: Path, tmp_path: Path) -> None:
         "adapter",
         "checkpoints",
         "deepspeed_config.json",
+        "inputs.json",
         "metrics.jsonl",
         "recipe.yaml",
         "usage.json",
