@@ -60,8 +60,9 @@ class Difference:
         return all(getattr(self, name) <= getattr(other, name) for name in FIGURES)
 
 
-def write_task(folder: Path, count: int = NUM_ROWS) -> Path:
-    """rows.jsonl: real rows, of very unequal lengths. model: a Qwen2 like tiny_base, but with random weights.
+def write_task(folder: Path, count: int = NUM_ROWS, tied: bool = True) -> Path:
+    """rows.jsonl: real rows, of very unequal lengths. model: a Qwen2 like tiny_base, but with random weights; lm_head
+    and the embedding share theirs where it is `tied`.
 
     The trained one meets rows of which fp32 itself, in plain PyTorch, knows the gradient's norm to 3e-5 only.
     """
@@ -70,7 +71,8 @@ def write_task(folder: Path, count: int = NUM_ROWS) -> Path:
         row["output"] += " + 0" * (i * i % 11)  # up to 36 tokens more
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     set_seed(SEED)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY)).save_pretrained(folder / "model")
+    config = AutoConfig.from_pretrained(TINY, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder / "model")
     return folder
 
@@ -92,10 +94,12 @@ def run_cell(cell: Cell, task: Path, folder: Path, *more: str) -> Run:
 
 
 @cache
-def reference(task: Path, precision: str, rows_per_step: int = ROWS_PER_STEP) -> History:
+def reference(
+    task: Path, precision: str, rows_per_step: int = ROWS_PER_STEP, targets: tuple[str, ...] = TARGETS
+) -> History:
     """In float64, over the weights as `precision` stores them."""
     weights = torch.bfloat16 if precision == "bf16" else torch.float32
-    return _judge(task, weights, torch.float64, rows_per_step)
+    return _judge(task, weights, torch.float64, rows_per_step, targets)
 
 
 @cache
@@ -110,16 +114,22 @@ def bf16_tolerance(task: Path) -> Difference:
     return Difference(3 * cost.loss, 3 * cost.grad_norm, FP32, 3 * cost.adapter)
 
 
-def _judge(task: Path, weights: torch.dtype, arithmetic: torch.dtype, rows_per_step: int = ROWS_PER_STEP) -> History:
-    start = {name: tensor.to(weights) for name, tensor in initial_adapter().items()}
+def _judge(
+    task: Path,
+    weights: torch.dtype,
+    arithmetic: torch.dtype,
+    rows_per_step: int = ROWS_PER_STEP,
+    targets: tuple[str, ...] = TARGETS,
+) -> History:
+    start = {name: tensor.to(weights) for name, tensor in initial_adapter(targets).items()}
     return reference_loop(task / "model", task / "rows.jsonl", start, rows_per_step, SEED, weights, arithmetic)
 
 
-def initial_adapter() -> dict[str, Tensor]:
+def initial_adapter(targets: tuple[str, ...] = TARGETS) -> dict[str, Tensor]:
     """What PEFT draws from the recipe's seed; nothing else of it is used."""
     base = AutoModelForCausalLM.from_pretrained(TINY)
     set_seed(SEED)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=RANK, target_modules=list(TARGETS)))
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=RANK, target_modules=list(targets)))
     return {short(name): p.detach() for name, p in model.named_parameters() if "lora_" in name}
 
 

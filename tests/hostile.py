@@ -379,6 +379,9 @@ CASES: dict[str, Case] = {
     "model: vocabulary smaller than the tokenizer": model(small_vocabulary, "has embeddings for 100 tokens"),
     "model: fewer positions than the longest row": Case(few_positions, "was made for 16, and it has no embedding"),
     "model: LoRA target that is not there": arguments("z_proj", "--lora.target_modules", "[q_proj, z_proj]"),
+    "model: LoRA target that is an embedding": arguments(
+        "embed_tokens of", "--lora.target_modules", "[q_proj, embed_tokens]"
+    ),
     "model: LoRA target that is no layer": arguments("lora.target_modules", "--lora.target_modules", "[self_attn]"),
     # --- checkpoints
     "checkpoint: not there": arguments("there is no such folder", "--resume", "nowhere"),

@@ -79,7 +79,7 @@ def reference_loop(
     model = model.to(arithmetic).requires_grad_(False)
     adapters: dict[str, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
-        if name.rpartition(".")[2] in TARGETS:
+        if f"{name}.lora_A" in initial:
             wrapped = LoraLinear(module, initial[f"{name}.lora_A"], initial[f"{name}.lora_B"])
             model.get_submodule(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], wrapped)
             adapters |= {f"{name}.lora_A": wrapped.a, f"{name}.lora_B": wrapped.b}

@@ -69,6 +69,25 @@ def test_merging_changes_nothing(adapter: Path) -> None:
     assert (merged - base).abs().max() > 0.1
 
 
+def test_an_adapter_of_lm_head_leaves_the_embedding_alone(tmp_path: Path) -> None:
+    """tiny_base's lm_head and embedding share their weight. A merge into it would change what the model reads."""
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["lm_head", "q_proj"])
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY, dtype="auto"), lora).eval()
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    tuned.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    ids = torch.tensor([open_tokenizer(TINY)("复述:大丫")["input_ids"]])
+    with torch.no_grad():
+        expected = tuned(ids).logits
+        for merge in (True, False):
+            model = load_model(TINY, tmp_path, merge)
+            found = model(ids.to(model.device)).logits.cpu()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            assert (found - load_model(TINY)(ids.to(model.device)).logits.cpu()).abs().max() > 0.1
+
+
 def test_progress_and_cut_off() -> None:
     tokenizer = open_tokenizer(TINY)
     seen: list[int] = []

@@ -108,13 +108,20 @@ def check_model(recipe: Recipe) -> PeftModelWithLoss:
 def add_adapters(model: Any, recipe: Recipe) -> PeftModelWithLoss:
     """Gives a model on the meta device the recipe's adapters, on every layer of these names that rows of text reach.
 
-    Raises UserError when the model has no such layers.
+    Raises UserError when the model has no such layers, and for an embedding: PEFT holds the matrices of such an adapter
+    outside the modules whose weights ZeRO-3 gathers.
     """
     name = recipe.model.name_or_path
-    layers = {path.rpartition(".")[2] for path, _ in model.named_modules()}
-    missing = [target for target in recipe.lora.target_modules if target not in layers]
+    kinds = {path.rpartition(".")[2]: type(module) for path, module in model.named_modules()}
+    missing = [target for target in recipe.lora.target_modules if target not in kinds]
     if missing:
         raise UserError(f"lora.target_modules: {name} has no layers named {', '.join(missing)}.")
+    embeddings = [target for target in recipe.lora.target_modules if issubclass(kinds[target], torch.nn.Embedding)]
+    if embeddings:
+        raise UserError(
+            f"lora.target_modules: {', '.join(embeddings)} of {name} is an embedding, which gets no adapter here, "
+            "because ZeRO-3 cannot gather it. Name linear layers."
+        )
     unreached = unreached_layers(model, recipe.lora.target_modules)
     for target in recipe.lora.target_modules:
         if all(path in unreached for path, _ in model.named_modules() if path.rpartition(".")[2] == target):

@@ -1,6 +1,7 @@
 """A part of the equality matrix (tests/equality.py) in every test run, and what every stage leaves behind."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -97,3 +98,28 @@ def test_rows_that_nothing_divides(count: int, tmp_path: Path) -> None:
     assert run.series("train/grad_norm")[:steps] == pytest.approx(judge.grad_norm, rel=1e-5)
     # the first learning rate is 0, so the first validation sees the initial model: on all rows at once
     assert run.series("val/loss")[0] == pytest.approx(reference(task, "no", count).loss[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "tied"), [("zero0", True), ("zero2_offload", True), ("zero3", True), ("zero3", False)]
+)
+def test_lm_head_as_a_target(stage: str, tied: bool, tmp_path: Path) -> None:
+    """Trained as the reference trains it, whole in the adapter's file, and resumed to the bit."""
+    task, targets = write_task(tmp_path, 32, tied), ("q_proj", "lm_head")
+    cell = Cell(stage, 2, 2, "non_reentrant", layout="shared_prefix")
+    options = ("--lora.target_modules", f"[{', '.join(targets)}]", "--save_every", "2")
+    run = run_cell(cell, task, tmp_path / "run", *options)
+    assert run.code == 0, run.output
+    found = compare(history(run), reference(task, "no", targets=targets))
+    assert found.within(tolerance(cell, task)), found
+    first = run.folder / "checkpoints" / "step-000002"
+    shutil.rmtree(run.folder / "checkpoints" / "step-000004")
+    (run.folder / "adapter").rename(tmp_path / "whole")
+    resumed = run_cell(cell, task, run.folder, *options, "--resume", str(first))
+    assert resumed.code == 0, resumed.output
+    one, other = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "whole", run.folder / "adapter")
+    )
+    assert one.keys() == other.keys()
+    assert len(one) == 2 * (4 + 1), "4 layers and lm_head, A and B"
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
