@@ -171,3 +171,12 @@ def test_rounding_is_no_reason() -> None:
     for layout in LAYOUTS:
         base.set_attn_implementation("sdpa")
         assert gap(base, layout) < TOLERANCES["bf16"] / 3
+
+
+def test_a_loss_that_is_not_finite() -> None:
+    """Alone it tells nothing of the neighbours, which did not cause it; among others only, they did."""
+    nan, inf = float("nan"), float("inf")
+    assert largest_gap([nan, 2.0], [nan, 2.5]) == 0.25
+    assert largest_gap([nan, inf], [nan, 3.0]) == 0
+    assert largest_gap([1.0, 2.0], [1.0, nan]) == inf
+    assert largest_gap([1.0], [inf]) == inf

@@ -66,6 +66,12 @@ def losses_among_others(
 
 def largest_gap(alone: Sequence[float], among: Sequence[float]) -> float:
     """The largest difference between the losses, as a share of the loss alone where that is above 1, because rounding
-    grows with it. Infinite where a loss is not a number."""
-    gaps = [abs(a - b) / max(1.0, a) for a, b in zip(alone, among, strict=True)]
-    return math.inf if any(map(math.isnan, gaps)) else max(gaps)
+    grows with it.
+
+    A row whose loss alone is not finite tells nothing of its neighbours; training itself stops at such a loss, and
+    names the layer. Infinite where only the loss among others is not finite.
+    """
+    pairs = [(a, b) for a, b in zip(alone, among, strict=True) if math.isfinite(a)]
+    if not all(math.isfinite(b) for _, b in pairs):
+        return math.inf
+    return max((abs(a - b) / max(1.0, a) for a, b in pairs), default=0.0)
