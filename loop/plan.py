@@ -121,9 +121,9 @@ def model_without_weights(recipe: Recipe, precision: str) -> Any:
 
 def launches(args: argparse.Namespace, recipe: Recipe, model: Any, found: Findings) -> list[Launch]:
     """Reads every configuration for every number of GPUs. One that contradicts the recipe becomes a problem."""
-    files = args.accel or sorted(str(path) for path in (ROOT / "accel_configs").glob("*.yaml"))
-    if not args.accel:
-        files += sorted(str(path) for path in (ROOT / "accel_configs" / "reference").glob("*.yaml"))
+    ours = ROOT / "accel_configs"
+    names = [*sorted(ours.glob("*.yaml")), *sorted((ours / "reference").glob("*.yaml"))]
+    files = args.accel or [str(path) for path in names if path.stem != "two_machines"]  # which needs what zero3 needs
     numbers = args.gpus or ([None] if args.accel else usual_numbers(recipe, found))
     result: list[Launch] = []
     for file in files:

@@ -37,7 +37,7 @@ class Job:
     data: Data
     batch: BatchArithmetic
     run_dir: Path
-    resumed_from: Path | None  # the checkpoint's folder; None for a new run
+    checkpoint: Checkpoint | None  # that the run goes on from; None for a new run
     accelerator: Accelerator
 
     def due(self, step: int, stop: int) -> Due:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from loop.batch_arithmetic import BatchArithmetic, num_launched, settle_accumulation
 from loop.engine.accelerator import build_accelerator, prepare
+from loop.engine.launcher import obey_launcher
 from loop.guard.guard import Guard
 from loop.guard.learned import check_learned
 from loop.guard.process import Stopped, end_process, exit_codes
@@ -40,6 +41,7 @@ from loop.telling.tracking import Tracking
 
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
+    obey_launcher()
     name, asked = parse_recipe(argv)
     checkpoint = find_checkpoint(name, asked)  # the one that --resume means; None for a new run
     check_run_folder(asked, checkpoint)
@@ -61,8 +63,7 @@ def main(argv: Sequence[str]) -> None:
         recipe = decided.write_into(recipe)
         run_dir = create_run_folder(name, recipe, run, checkpoint, accelerator)
 
-        resumed_from = checkpoint.folder if checkpoint else None
-        job = Job(recipe, replace(data, layout=decided.layout), batch, run_dir, resumed_from, accelerator)
+        job = Job(recipe, replace(data, layout=decided.layout), batch, run_dir, checkpoint, accelerator)
         learner = build_learner(job, engine, optimizer, checkpoint)
         state = TrainState.begin(checkpoint, run | {"recipe": recipe_as_dict(recipe)}, accelerator)
         inner = unwrap(learner.model, accelerator)
@@ -120,8 +121,9 @@ def fit(job: Job, learner: Learner, state: TrainState, guard: Guard, tracking: T
 def save(job: Job, learner: Learner, state: TrainState) -> Path:
     """Writes a checkpoint and returns its folder; every rank enters."""
     model, limit = unwrap(learner.model, job.accelerator), job.recipe.save_total_limit
+    resumed_from = job.checkpoint.folder if job.checkpoint else None
     contents = state.as_json()
-    return save_checkpoint(model, learner.optimizer, job.run_dir, contents, limit, job.resumed_from, job.accelerator)
+    return save_checkpoint(model, learner.optimizer, job.run_dir, contents, limit, resumed_from, job.accelerator)
 
 
 if __name__ == "__main__":

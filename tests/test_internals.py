@@ -205,7 +205,7 @@ def test_torch_builds_an_extension_in_a_folder_of_its_name(tmp_path: Path, monke
 
 def test_accelerates_launcher_answers() -> None:
     file = ROOT / "accel_configs" / "zero3.yaml"
-    environment, processes, precision = accelerate_internals.ask_launcher(file, 4)
+    environment, asked = accelerate_internals.ask_launcher(file, 4)
     assert environment is not None, moved("accelerate", "has another prepare_deepspeed_cmd_env")
     assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
-    assert (processes, precision) == (4, "bf16")
+    assert (asked.num_processes, asked.options["mixed_precision"]) == (4, "bf16")

@@ -8,6 +8,7 @@ import torch
 from data.errors import UserError
 from loop.batch_arithmetic import settle_accumulation
 from loop.engine.deepspeed_config import deepspeed_config, size_buckets_for_lora
+from loop.engine.launch_settings import check_settings
 from loop.internals.accelerate_internals import ask_launcher
 from loop.planning.zero_memory import Sharding
 from loop.recipe import Recipe, find_path
@@ -49,12 +50,12 @@ def read_launch(file: str, recipe: Recipe, model: torch.nn.Module, processes: in
     if not path.is_file():
         raise UserError(f"--accel {path}: there is no such file. Give an accelerate YAML, as those in accel_configs/.")
     try:
-        environment, said, precision = ask_launcher(path, processes)
+        environment, asked = ask_launcher(path, processes)
     except Exception as error:  # accelerate raises many kinds for what it cannot read
         raise UserError(f"--accel {file}: accelerate cannot read it: {type(error).__name__}: {error}") from error
+    check_settings(asked)
+    said, precision = asked.num_processes, str(asked.options["mixed_precision"])
     name = path.stem if path.parent.name == "accel_configs" else f"{path.parent.name}/{path.stem}"
-    if precision not in WEIGHT_BYTES:
-        raise UserError(f"--accel {file}: mixed_precision: {precision} is not supported. Use bf16.")
     recipe = settle_accumulation(recipe, said)
     if environment is None:
         return Launch(name, file, said, precision, None, recipe.grad_accum_steps)
