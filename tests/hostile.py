@@ -329,6 +329,15 @@ CASES: dict[str, Case] = {
     ),
     "launch: fp16 without a GPU": arguments("fp16 needs a GPU", ACCELERATE_MIXED_PRECISION="fp16"),
     "launch: fp8": arguments("fp8 is not supported", ACCELERATE_MIXED_PRECISION="fp8"),
+    "launch: FSDP": arguments("FSDP is not supported", ACCELERATE_USE_FSDP="true"),
+    "launch: Megatron-LM": arguments("Megatron-LM is not supported", ACCELERATE_USE_MEGATRON_LM="true"),
+    "launch: parallelism": arguments("only data parallelism", ACCELERATE_USE_PARALLELISM_CONFIG="true"),
+    "launch: a compiler under DeepSpeed": arguments(
+        "compiles under", ACCELERATE_DYNAMO_BACKEND="INDUCTOR", ACCELERATE_USE_DEEPSPEED="true"
+    ),
+    "launch: a device": arguments("choose GPUs with", ACCELERATE_TORCH_DEVICE="cuda:1"),
+    "launch: one of four tasks of mpirun": arguments("one of 4 tasks", OMPI_COMM_WORLD_SIZE="4"),
+    "launch: one of four tasks of srun": arguments("one of 4 tasks", SLURM_STEP_NUM_TASKS="4"),
     "launch: NVMe without a path": arguments("nvme_path", ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE="nvme"),
     "launch: DeepSpeed file not there": arguments("nowhere.json", ACCELERATE_DEEPSPEED_CONFIG_FILE="nowhere.json"),
     "launch: DeepSpeed file no JSON": deepspeed_file("{", "ds.json"),

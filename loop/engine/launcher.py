@@ -22,6 +22,12 @@ def obey_launcher() -> None:
     For MULTI_CPU accelerate starts a single process; that one becomes torchrun, which starts them all. Raises UserError
     where something is asked for that would not be done, and where this process is one of fewer than were asked for.
     """
+    if Path(SECRETS).exists() and os.environ.get("RANK", "0") == "0":
+        print(
+            f"note: {Path(SECRETS).absolute()} holds the environment of a launch, passwords included, in plain text; "
+            "nothing here reads it. Delete it.",
+            flush=True,
+        )
     words = launcher_words() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
     if words is not None:
         asked = resolve_launch(words)
@@ -35,9 +41,6 @@ def obey_launcher() -> None:
                 "shared with the others."
             )
     check_variables(os.environ)
-    if Path(SECRETS).exists() and os.environ.get("RANK", "0") == "0":
-        print(f"note: {Path(SECRETS).absolute()} holds the environment of an earlier launch, passwords included, in "
-              "plain text; nothing here reads it. Delete it.", flush=True)  # fmt: skip
 
 
 def launcher_words() -> Sequence[str] | None:

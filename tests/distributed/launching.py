@@ -71,6 +71,11 @@ def start(command: list[str], folder: Path, env: dict[str, str] | None = None, c
         return Run(folder, code, output.read_text(encoding="utf-8", errors="replace"))
 
 
+def without_clock(run: Run) -> list[dict[str, float]]:
+    """The run's metrics without what depends on the time."""
+    return [{key: value for key, value in line.items() if key != "train/tokens_per_second"} for line in run.metrics]
+
+
 def children(pid: int) -> list[int]:
     done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
     return [int(line) for line in done.stdout.split()]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.distributed.launching import CONFIGS, DEBUG, ROOT, TRAIN, Run, launch
+from tests.distributed.launching import CONFIGS, DEBUG, ROOT, TRAIN, Run, launch, without_clock
 
 STAGES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 STEPS = 6  # three epochs of two steps: one of four rows and one of three
@@ -57,10 +57,6 @@ def cut(run: Run, folder: Path) -> None:
     shutil.rmtree(folder / "adapter")
     for step in range(MIDDLE + 1, STEPS + 1):
         shutil.rmtree(folder / "checkpoints" / f"step-{step:06d}")
-
-
-def without_clock(run: Run) -> list[dict[str, float]]:
-    return [{key: value for key, value in line.items() if key != "train/tokens_per_second"} for line in run.metrics]
 
 
 @pytest.mark.parametrize(
