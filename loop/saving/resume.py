@@ -96,7 +96,8 @@ def keep_decisions(checkpoint: Checkpoint | None, recipe: Recipe) -> Recipe:
 def fingerprint(recipe: Recipe, data: Data, batch: BatchArithmetic, accelerator: Accelerator) -> dict[str, Any]:
     """What decides the mathematics of a run; every rank enters. Checkpoints keep it, and a resume compares it.
 
-    Rank 0 alone reads the files.
+    Rank 0 alone reads the files. Raises UserError where the ranks have tokenized other rows: each machine may have a
+    file of its own under the same name.
     """
     hashes: list[dict[str, str]] = [{}]
 
@@ -108,11 +109,18 @@ def fingerprint(recipe: Recipe, data: Data, batch: BatchArithmetic, accelerator:
 
     on_main_process(read, accelerator)
     broadcast_object_list(hashes)  # collective
+    rows = sha256_of(data.train)
+    of_ranks = gather_object([(rows, sha256_of(data.validation))])  # collective
+    if other := [rank for rank, found in enumerate(of_ranks) if found != of_ranks[0]]:
+        raise UserError(
+            f"data: the ranks {other} have read other rows than rank 0. Copy the same files and tokenizer to "
+            "every machine."
+        )
     return {
         "recipe": recipe_as_dict(recipe),
         **hashes[0],
         "train_rows": len(data.train),
-        "train_tokens_sha256": sha256_of(data.train),
+        "train_tokens_sha256": rows,
         "rows_per_step": batch.rows_per_step,
         "mixed_precision": mixed_precision(accelerator),
     }

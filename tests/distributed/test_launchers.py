@@ -11,7 +11,7 @@ import yaml
 from accelerate.utils.other import get_free_port
 
 from eval.comparing.launch import AS_TYPED
-from tests.distributed.launching import CONFIGS, DEBUG, TIMEOUT, TRAIN, Run, launch, without_clock
+from tests.distributed.launching import CONFIGS, DEBUG, ROOT, TIMEOUT, TRAIN, Run, launch, without_clock
 from tests.warm import clean_environment, cold_popen
 
 
@@ -23,15 +23,29 @@ def same(one: Run, other: Run) -> None:
     assert (one.folder / adapter).read_bytes() == (other.folder / adapter).read_bytes()
 
 
-def on_machines(options: Sequence[Sequence[str]], folder: Path, cwd: Path) -> list[tuple[int, str]]:
-    """Starts `accelerate launch` once for each list of options, all at once; returns exit codes and outputs."""
+def on_machines(
+    options: Sequence[Sequence[str]], folder: Path, cwd: Path, *arguments: str, apart: bool = False
+) -> list[tuple[int, str]]:
+    """Starts `accelerate launch` once for each list of options, all at once; returns exit codes and outputs.
+
+    The machines work in `cwd`, or `apart`, each in its own folder there, which its rank names."""
     environment = clean_environment() | {"GLOO_SOCKET_IFNAME": "lo"}
     outputs = [folder.with_name(f"{folder.name}-{rank}.txt") for rank in range(len(options))]
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for words, output in zip(options, outputs, strict=True):
-            command = [sys.executable, "-m", *AS_TYPED, *words, str(TRAIN), *DEBUG, "--run_dir", str(folder)]
-            processes.append(cold_popen(command, cwd, environment, output))
+        for rank, (words, output) in enumerate(zip(options, outputs, strict=True)):
+            command = [
+                sys.executable,
+                "-m",
+                *AS_TYPED,
+                *words,
+                str(TRAIN),
+                *DEBUG,
+                "--run_dir",
+                str(folder),
+                *arguments,
+            ]
+            processes.append(cold_popen(command, cwd / str(rank) if apart else cwd, environment, output))
         codes = [process.wait(timeout=TIMEOUT) for process in processes]
     finally:
         for process in processes:
@@ -48,6 +62,21 @@ def test_two_machines_train_as_two_processes_of_one(tmp_path: Path) -> None:
     assert "processes               2" in told[0][1]
     same(Run(tmp_path / "two", 0, told[0][1]), launch(CONFIGS / "zero3.yaml", *DEBUG, folder=tmp_path / "one"))
     assert not (tmp_path / ".deepspeed_env").exists(), "the environment of the launch, secrets included"
+
+
+@pytest.mark.slow  # the second launcher waits a minute for a message of the first one
+def test_machines_with_other_rows_are_refused(tmp_path: Path) -> None:
+    """Each machine has its own file under the same name."""
+    rows = (ROOT / "data" / "math" / "debug.jsonl").read_text().splitlines(keepends=True)
+    shared = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(get_free_port())]
+    each = [["--config_file", str(CONFIGS / "two_machines.yaml"), *shared, "--machine_rank", str(r)] for r in (0, 1)]
+    for rank in (0, 1):
+        (tmp_path / f"{rank}").mkdir()
+        (tmp_path / f"{rank}" / "rows.jsonl").write_text("".join(rows[rank:]))
+    told = on_machines(each, tmp_path / "run", tmp_path, "--data.train_file", "rows.jsonl", apart=True)
+    assert all(code != 0 for code, _ in told)
+    assert "the ranks [1] have read other rows than rank 0" in told[0][1]
+    assert not (tmp_path / "run").exists()
 
 
 def written(folder: Path, base: str = "one_process.yaml", **changes: Any) -> Path:
