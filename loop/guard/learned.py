@@ -15,7 +15,7 @@ def check_learned(model: PeftModel, accelerator: Accelerator) -> None:
     """Raises RunError on every rank, with the names, where an adapter changes nothing after the run's last step; every
     rank enters.
 
-    Of the two matrices of an adapter one begins with zeros (lora_B; lora_embedding_A in an embedding). Its gradient has
+    Of the two matrices of an adapter one begins with zeros. Its gradient has
     been exactly zero in every step, or the learning rate has, where it still holds only zeros.
     """
     adapter = gather_adapter(model, accelerator)
