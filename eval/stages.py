@@ -1,5 +1,8 @@
 """Trains one recipe under several accelerate YAMLs, one after the other, and evaluates each of the trainings.
 
+The configurations take turns in two rounds, the second in reverse order, and the report's uncertainty of a step time
+includes the difference between the rounds.
+
 python -m eval.stages [--config RECIPE] [--accel YAML …] [-- --epochs 1 …]
 
 Each training is launched as a user would launch it. When one fails, this command records the reason and goes on with
@@ -14,10 +17,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from data.errors import UserError
 from eval.comparing.accel_files import Configuration
@@ -29,7 +33,7 @@ from eval.comparing.comparison import (
     plan_comparison,
     write_comparison,
 )
-from eval.comparing.configuration_run import is_done, result_of, run_one
+from eval.comparing.configuration_run import AGAIN, is_done, is_timed_again, result_of, run_one, time_again
 from eval.comparing.launch import clean_environment
 from eval.comparing.progress import Progress, duration
 from eval.monitor import INTERVAL, check_interval
@@ -125,26 +129,40 @@ def summarize(comparison: Comparison) -> None:
         print(f"tables: {comparison.out / 'report.md'}\nwith charts: {comparison.out / 'report.html'}")
 
 
-def run_all(comparison: Comparison, left: list[Configuration], total_steps: int) -> None:
-    """Runs the configurations that are `left`, one after the other; each training takes `total_steps` steps."""
+def run_all(comparison: Comparison, left: list[Configuration], total_steps: int, retry: bool) -> None:
+    """Runs the configurations that are `left`, and then times all in reverse order; each training takes `total_steps`
+    steps."""
     folders = [comparison.out / configuration.name for configuration in comparison.configurations]
     results = [result for folder in folders if (result := result_of(folder))]
     seconds = [result["wall_seconds"] for result in results if result["status"] == "finished"]
     progress = Progress(total_steps, seconds)
+    count = len(comparison.configurations)
     for number, configuration in enumerate(comparison.configurations, start=1):
         if configuration not in left:
             continue
-        run = f"run {number} of {len(comparison.configurations)}: {configuration.name}"
-        progress.begin(run, len(left) - left.index(configuration) - 1)
+        run = f"run {number} of {count}: {configuration.name}"
+        progress.begin(run, len(left) - left.index(configuration) - 1 + count)
         begun = time.monotonic()
         result = run_one(comparison, configuration, progress)
         if result["status"] == "finished":
             seconds.append(time.monotonic() - begun)
-            progress.say(f"{run}: finished, {duration(result['wall_seconds'])} of training")
-        else:
-            log = comparison.out / configuration.name / "log.txt"
-            progress.say(f"{run}: {result['status']}: {result['reason']} (log: {log})")
+        _say(comparison.out / configuration.name, run, result, progress)
         conclude(comparison)
+    for number, configuration in reversed(list(enumerate(comparison.configurations, start=1))):
+        folder = comparison.out / configuration.name
+        if is_timed_again(folder, retry):
+            continue
+        run = f"second round, run {number} of {count}: {configuration.name}"
+        progress.begin(run, number - 1)
+        _say(folder / AGAIN, run, time_again(comparison, configuration, progress), progress)
+        conclude(comparison)
+
+
+def _say(folder: Path, run: str, result: Mapping[str, Any], progress: Progress) -> None:
+    if result["status"] == "finished":
+        progress.say(f"{run}: finished, {duration(result['wall_seconds'])} of training")
+    else:
+        progress.say(f"{run}: {result['status']}: {result['reason']} (log: {folder / 'log.txt'})")
 
 
 @contextmanager
@@ -172,13 +190,14 @@ def stoppable(comparison: Comparison) -> Iterator[None]:
 def main(argv: list[str]) -> None:
     comparison, retry = parse(argv)
     left = [each for each in comparison.configurations if not is_done(comparison.out / each.name, retry)]
+    work = left or not all(is_timed_again(comparison.out / each.name, retry) for each in comparison.configurations)
     with stoppable(comparison):
-        here = check_machine(comparison) if left else {}
-        total_steps = check_recipe(comparison) if left else 0
+        here = check_machine(comparison) if work else {}
+        total_steps = check_recipe(comparison) if work else 0
         with only_one(comparison), one_error(comparison):
-            if left:
+            if work:
                 write_comparison(comparison, here)
-                run_all(comparison, left, total_steps)
+                run_all(comparison, left, total_steps, retry)
             else:
                 conclude(comparison)
         summarize(comparison)

@@ -111,7 +111,21 @@ def test_what_was_not_run_is_not_testable() -> None:
 
 
 def timed(name: str, seconds: float, uncertainty: float = 0.01, steps: int = 50, **more: Any) -> Run:
-    return run(name, step_seconds=seconds, step_uncertainty=uncertainty, steady_steps=steps, **more)
+    rounds = {"first round": seconds, "second round": seconds}
+    figures: dict[str, Any] = {
+        "step_seconds": seconds,
+        "step_uncertainty": uncertainty,
+        "steady_steps": steps,
+        "step_rounds": rounds,
+    }
+    return run(name, **figures, **more)
+
+
+def test_runs_that_were_timed_once_are_named() -> None:
+    once = run("b", step_seconds=1.0)
+    said = "Timed once: b; a difference between them may be the machine's own, from run to run."
+    assert sentences([timed("a", 2.0), once])[1] == said
+    assert not [line for line in sentences([once]) if line.startswith("Timed once")], "nothing is compared"
 
 
 def test_the_fastest() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
-from eval.reporting.run_summary import derived_columns, read_run, sample_figures, usage_figures
+from eval.reporting.run_summary import derived_columns, read_run, sample_figures, usage_figures, with_second_round
 from tests.sample_runs import SAMPLES, STEADY, usage, write_configuration, write_evaluation, write_run
 
 MB = 1_000_000
@@ -34,6 +34,28 @@ def test_at_least_three_steps_and_a_tenth_warm_up(steps: int, left_out: int) -> 
 def test_a_run_too_short_to_be_steady_has_no_step_time(steps: int) -> None:
     figures = usage_figures(usage() | {"step_seconds": [1.0] * steps}, COMPARISON)
     assert not {"step_seconds", "samples_per_second", "mfu"} & set(figures)
+
+
+def test_the_uncertainty_has_the_difference_between_rounds() -> None:
+    """A machine that is half as fast in the second round: 2 s and 4 s a step are 3 s, give or take 1 s and a notch."""
+    first = usage_figures(usage(), COMPARISON)
+    slower = usage_figures(usage() | {"step_seconds": [2 * seconds for seconds in usage()["step_seconds"]]}, COMPARISON)
+    both = with_second_round(first, slower)
+    assert both["step_seconds"] == 3.0
+    assert both["step_rounds"] == {"first round": 2.0, "second round": 4.0}
+    assert both["step_uncertainty"] == pytest.approx(1.57 * 3.0 / math.sqrt(17) / 2.0 + 1 / 3)
+    assert both["samples_per_second"] == pytest.approx(8.0 * 2 / 3)
+    assert both["mfu"] == pytest.approx(0.25 * 2 / 3)
+    assert with_second_round(first, {}) == first
+
+
+def test_a_configurations_second_round_is_read(tmp_path: Path) -> None:
+    write_configuration(tmp_path / "a", usage(), 100.0)
+    alone = read_run("a", tmp_path / "a", COMPARISON)
+    assert "step_rounds" not in alone.figures
+    (tmp_path / "a" / "again").mkdir()
+    (tmp_path / "a" / "again" / "usage.json").write_text(json.dumps(usage() | {"step_seconds": [6.0] * 20}))
+    assert read_run("a", tmp_path / "a", COMPARISON).figure("step_seconds") == 4.0
 
 
 def test_throughput_is_of_steady_steps() -> None:

@@ -1,4 +1,8 @@
-"""Runs one configuration of a comparison: launches, samples and evaluates it, and writes its result.json."""
+"""Runs one configuration of a comparison: launches, samples and evaluates it, and writes its result.json.
+
+Each configuration is trained twice, in two rounds (A B C, then C B A), so that a machine that becomes slower or faster
+does not look like a difference between configurations. The second training is for its times alone.
+"""
 
 import contextlib
 import json
@@ -20,6 +24,7 @@ from loop.recipe import ROOT
 
 TRAIN = ROOT / "loop" / "train.py"
 NOT_SAMPLED = Sampling(0, 0.0, 0.0)
+AGAIN = "again"  # in the folder of a configuration: what the second round leaves
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
@@ -52,9 +57,14 @@ def training_command(comparison: Comparison, configuration: Configuration, run: 
     return [*command, "--run_dir", str(run), "--tracker", "null"]
 
 
-def train(comparison: Comparison, configuration: Configuration, progress: Progress) -> dict[str, Any]:
-    """Runs the training and returns what result.json says about it."""
-    folder = comparison.out / configuration.name
+def is_timed_again(folder: Path, retry: bool) -> bool:
+    """Says whether the second round leaves this configuration out: it is done, or the first training has failed."""
+    first = result_of(folder)
+    return (first is not None and first["status"] != "finished") or is_done(folder / AGAIN, retry)
+
+
+def train(comparison: Comparison, configuration: Configuration, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Runs the training in `folder` and returns what result.json says about it."""
     log = folder / "log.txt"
     monitor: Monitor | None = None
     begun = time.monotonic()
@@ -70,7 +80,8 @@ def train(comparison: Comparison, configuration: Configuration, progress: Progre
 
     with contextlib.ExitStack() as sampling:
         command = training_command(comparison, configuration, folder / "run")
-        code = run_command(command, log, str(folder.resolve()), comparison.timeout, meanwhile)
+        mark = str((comparison.out / configuration.name).resolve())
+        code = run_command(command, log, mark, comparison.timeout, meanwhile)
     wall_seconds = time.monotonic() - begun
     status, reason = outcome(code, log, 0, comparison.timeout)
     return {
@@ -135,7 +146,7 @@ def run_one(comparison: Comparison, configuration: Configuration, progress: Prog
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
-        result = train(comparison, configuration, progress)
+        result = train(comparison, configuration, folder, progress)
         if result["status"] == "finished":
             write_whole(trained, result)
     if result["status"] == "finished":
@@ -144,3 +155,18 @@ def run_one(comparison: Comparison, configuration: Configuration, progress: Prog
     if result["status"] == "finished":
         trained.unlink(missing_ok=True)
     return dict(result)
+
+
+def time_again(comparison: Comparison, configuration: Configuration, progress: Progress) -> dict[str, Any]:
+    """Trains a configuration in the second round and keeps the times: usage.json, and result.json, written last."""
+    folder = comparison.out / configuration.name / AGAIN
+    end_processes(str((comparison.out / configuration.name).resolve()))
+    if folder.exists():  # half-done, or failed
+        shutil.rmtree(folder)
+    folder.mkdir()
+    result = train(comparison, configuration, folder, progress)
+    if result["status"] == "finished":
+        (folder / "run" / "usage.json").rename(folder / "usage.json")
+        shutil.rmtree(folder / "run")
+    write_whole(folder / "result.json", result)
+    return result

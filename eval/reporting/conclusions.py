@@ -102,7 +102,8 @@ RULES = (
     "A conclusion is confirmed when all of our figures lie in its rule's range with the whole of their uncertainty, "
     "contradicted when one lies outside with the whole of it, and otherwise not testable. The uncertainty of a ratio "
     "of medians is both medians' notch, 1.57 times the distance of the quartiles by the root of the number of steps "
-    f"(McGill, Tukey, Larsen 1978); of what is measured once it is {100 * SAME:.0f} %. Time is compared by the steady "
+    f"(McGill, Tukey, Larsen 1978), and half the distance between both rounds; of what is measured once it is "
+    f"{100 * SAME:.0f} %. Time is compared by the steady "
     "step: the wall time of a short run shows how long launching and loading take."
 )
 STEP_TIMES = "ratio of the median steady step times"
@@ -178,6 +179,7 @@ def sentences(runs: Sequence[Run]) -> list[str]:
     """Says which configuration is fastest, which needs least memory of each kind, what offload costs, what failed."""
     return [
         fastest(runs),
+        *timed_once(runs),
         *(least(runs, figure, called) for figure, called in memory_kinds(runs).items()),
         *offload_costs(runs),
         *(
@@ -199,6 +201,14 @@ def fastest(runs: Sequence[Run]) -> str:
     text = f"Fastest: {name}, {least_seconds:.4g} s a step (median)"
     text += f", not clearly faster than {', '.join(same)}" if same else ""
     return text + (f"; slowest: {others[-1][1]}, {others[-1][0] / least_seconds:.2f} times that." if others else ".")
+
+
+def timed_once(runs: Sequence[Run]) -> list[str]:
+    """Names the runs of which only one round was timed, where runs are compared."""
+    once = [run.name for run in runs if run.figure("step_seconds") and "step_rounds" not in run.figures]
+    if len(runs) < 2 or not once:
+        return []
+    return [f"Timed once: {', '.join(once)}; a difference between them may be the machine's own, from run to run."]
 
 
 def least(runs: Sequence[Run], figure: str, called: str) -> str:

@@ -17,6 +17,7 @@ ROWS = (
     ("wall time, s", "wall_seconds", 1, 1),
     ("steady step time, s: median", "step_seconds", 1, 4),
     ("steady step time, s", "step_quartiles", 1, 4),
+    ("steady step time, s", "step_rounds", 1, 4),
     ("steady steps", "steady_steps", 1, 0),
     ("samples a second", "samples_per_second", 1, 1),
     ("tokens a second", "tokens_per_second", 1, 1),

@@ -94,13 +94,29 @@ def result(out: Path, name: str) -> dict[str, object]:
 def test_a_killed_comparison_goes_on(killed: Killed) -> None:
     out, before, run = killed
     assert run.code == 0, run.output
-    assert {name: contents(out / name) for name in before} == before, "to the byte"
+    first = {
+        name: {file: text for file, text in contents(out / name).items() if "again" not in file} for name in before
+    }
+    assert first == before, "to the byte"
     assert "run 3 of 3: zero3" in run.output
-    assert "run 1 of 3" not in run.output
-    assert "run 2 of 3" not in run.output
+    assert "\nrun 1 of 3" not in run.output
+    assert "\nrun 2 of 3" not in run.output
     assert not (out / "zero3" / "of-the-killed-one").exists(), "half a run is begun anew"
     assert result(out, "zero3")["status"] == "finished"
     assert not (out / "zero3" / "training.json").exists()
+
+
+def test_a_second_round_in_reverse_order_times_what_finished(killed: Killed) -> None:
+    out, _, run = killed
+    rounds = [line for line in run.output.splitlines() if line.endswith(" of training")]
+    names = [line.partition(": ")[2].partition(":")[0] for line in rounds]
+    assert names == ["zero3", "zero3", "one_process"]
+    assert [line.startswith("second round, run ") for line in rounds] == [False, True, True]
+    for name in ("one_process", "zero3"):
+        assert {path.name for path in (out / name / "again").iterdir()} == {
+            *("log.txt", "result.json", "samples.csv", "usage.json")
+        }
+    assert not (out / "refused" / "again").exists()
 
 
 def test_what_fails_is_recorded_and_the_rest_goes_on(killed: Killed) -> None:
