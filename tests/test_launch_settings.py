@@ -183,6 +183,8 @@ ENVIRONMENTS = {
         "compiles under DeepSpeed",
     ),
     "NVMe": ({"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": "/x"}, "deepspeed_config_file"),
+    "accumulation without DeepSpeed": (RANK | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "the recipe owns"),
+    "clipping without DeepSpeed": (RANK | {"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "the recipe owns"),
     "mpirun": ({"OMPI_COMM_WORLD_SIZE": "4"}, "one of 4 tasks, but the launch has 1 machines"),
     "Intel MPI": ({"PMI_SIZE": "2"}, "one of 2 tasks"),
     "MVAPICH": ({"MV2_COMM_WORLD_SIZE": "2"}, "one of 2 tasks"),

@@ -266,6 +266,19 @@ def _on(name: str, fix: str) -> Callable[[Mapping[str, str]], str | None]:
     return refused
 
 
+def _owned_by_the_recipe(environment: Mapping[str, str]) -> str | None:
+    """Under DeepSpeed deepspeed_config() compares them with the recipe."""
+    names = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING")
+    given = [name for name in names if name in environment]
+    if (
+        given
+        and environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true"
+        and "ACCELERATE_MIXED_PRECISION" in environment
+    ):
+        return f"{given[0]}: it is read under DeepSpeed only, and the recipe owns the number. Unset it."
+    return None
+
+
 def _one_of_many(name: str) -> Callable[[Mapping[str, str]], str | None]:
     """Refuses to be one of several tasks that started a Python each, instead of a launcher on each machine."""
 
@@ -316,7 +329,8 @@ VARIABLES = (
     Variable(("ACCELERATE_DEEPSPEED_*", "ACCELERATE_CONFIG_DS_FIELDS"), "obeyed, as in the file"),
     Variable(
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING"),
-        "the recipe owns them; another number than its is refused",
+        "the recipe owns them; another number than its is refused, and without DeepSpeed any number",
+        _owned_by_the_recipe,
     ),
     Variable(
         ("ACCELERATE_DYNAMO_*",),
