@@ -23,27 +23,28 @@ def _never(_: object) -> None:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A key of an accelerate file and the options of the same meaning; `*` in a name stands for any text."""
+class Named:
+    """Settings of one kind; `*` in a name stands for any text."""
 
     names: tuple[str, ...]
-    here: str  # what it does, for the table in the docs
-    refused: Callable[[Asked], str | None] = _never  # what is asked for and not done, with the fix
+    here: str  # what they do, for the table in the docs
 
     def covers(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.names)
 
 
 @dataclass(frozen=True)
-class Variable:
-    """Environment variables; `*` in a name stands for any text."""
+class Setting(Named):
+    """A key of an accelerate file and the options of the same meaning."""
 
-    names: tuple[str, ...]
-    here: str
-    refused: Callable[[Mapping[str, str]], str | None] = _never
+    refused: Callable[[Asked], str | None] = _never  # what is asked for and not done, with the fix
 
-    def covers(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.names)
+
+@dataclass(frozen=True)
+class Variable(Named):
+    """Environment variables."""
+
+    refused: Callable[[Mapping[str, str]], str | None] = _never  # the same
 
 
 def _given(*patterns: str, fix: str) -> Callable[[Asked], str | None]:
@@ -256,12 +257,12 @@ def check_settings(asked: Asked) -> None:
             raise UserError(f"the launch says {told}")
 
 
-def _on(name: str, fix: str) -> Callable[[Mapping[str, str]], str | None]:
-    """Refuses a variable that has a value other than "off"."""
+def _on(*names: str, fix: str) -> Callable[[Mapping[str, str]], str | None]:
+    """Refuses these variables with a value other than "off"."""
 
     def refused(environment: Mapping[str, str]) -> str | None:
-        value = environment.get(name, "")
-        return f"{name}={value}: {fix}" if value.lower() not in OFF else None
+        given = [name for name in names if environment.get(name, "").lower() not in OFF]
+        return f"{given[0]}={environment[given[0]]}: {fix}" if given else None
 
     return refused
 
@@ -279,19 +280,17 @@ def _owned_by_the_recipe(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def _one_of_many(name: str) -> Callable[[Mapping[str, str]], str | None]:
+def _one_of_many(environment: Mapping[str, str]) -> str | None:
     """Refuses to be one of several tasks that started a Python each, instead of a launcher on each machine."""
-
-    def refused(environment: Mapping[str, str]) -> str | None:
-        tasks, machines = environment.get(name, "1"), environment.get("GROUP_WORLD_SIZE", "1")
-        if tasks in ("1", machines) or not tasks.isdigit():
-            return None
-        return (
-            f"{name}={tasks}: this is one of {tasks} tasks, but the launch has {machines} machines, so each would "
-            f"train alone. Start `accelerate launch --num_machines {tasks} --machine_rank …` in each task."
-        )
-
-    return refused
+    machines = environment.get("GROUP_WORLD_SIZE", "1")
+    for name in TASKS:
+        tasks = environment.get(name, "1")
+        if tasks.isdigit() and tasks not in ("1", machines):
+            return (
+                f"{name}={tasks}: this is one of {tasks} tasks, but the launch has {machines} machines, so each would "
+                f"train alone. Start `accelerate launch --num_machines {tasks} --machine_rank …` in each task."
+            )
+    return None
 
 
 def _unconnected(environment: Mapping[str, str]) -> str | None:
@@ -314,68 +313,56 @@ def _deepspeeds_launcher(environment: Mapping[str, str]) -> str | None:
     return None
 
 
+def _compiled(environment: Mapping[str, str]) -> str | None:
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true":
+        return None
+    return _on("ACCELERATE_DYNAMO_BACKEND", fix="nothing compiles under DeepSpeed here. Unset it.")(environment)
+
+
+TASKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # mpirun's and srun's
+NVME = ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH")
+TPU = ("ACCELERATE_IN_TPU_POD", "ACCELERATE_DOWNCAST_BF16")
+# The first entry that names a variable is the one that counts for it.
 VARIABLES = (
     Variable(
         ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"), "obeyed, as in the file"
     ),
-    Variable(
-        ("ACCELERATE_DEEPSPEED_OFFLOAD_*_NVME_PATH",),
-        "refused: say it in a deepspeed_config_file",
-        lambda environment: (
-            _on("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH", "say it in a deepspeed_config_file.")(environment)
-            or _on("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH", "say it in a deepspeed_config_file.")(environment)
-        ),
-    ),
+    Variable(NVME, "refused: say it in a deepspeed_config_file", _on(*NVME, fix="say it in a deepspeed_config_file.")),
     Variable(("ACCELERATE_DEEPSPEED_*", "ACCELERATE_CONFIG_DS_FIELDS"), "obeyed, as in the file"),
     Variable(
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING"),
         "the recipe owns them; another number than its is refused, and without DeepSpeed any number",
         _owned_by_the_recipe,
     ),
-    Variable(
-        ("ACCELERATE_DYNAMO_*",),
-        "obeyed without DeepSpeed, refused with it",
-        lambda environment: (
-            _on("ACCELERATE_DYNAMO_BACKEND", "nothing compiles under DeepSpeed here. Unset it.")(environment)
-            if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-            else None
-        ),
-    ),
+    Variable(("ACCELERATE_DYNAMO_*",), "obeyed without DeepSpeed, refused with it", _compiled),
     Variable(("ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL"), "obeyed by accelerate"),
     Variable(
         ("ACCELERATE_TORCH_DEVICE",),
         "refused",
-        _on("ACCELERATE_TORCH_DEVICE", "choose GPUs with CUDA_VISIBLE_DEVICES or gpu_ids."),
+        _on("ACCELERATE_TORCH_DEVICE", fix="choose GPUs with CUDA_VISIBLE_DEVICES or gpu_ids."),
     ),
     Variable(
         ("ACCELERATE_USE_FSDP", "FSDP_*"),
         "refused; FSDP_* alone are read by nobody",
-        _on("ACCELERATE_USE_FSDP", "FSDP is not supported. Use distributed_type: DEEPSPEED and zero_stage: 3."),
+        _on("ACCELERATE_USE_FSDP", fix="FSDP is not supported. Use distributed_type: DEEPSPEED and zero_stage: 3."),
     ),
     Variable(
         ("ACCELERATE_USE_MEGATRON_LM", "MEGATRON_LM_*"),
         "refused; MEGATRON_LM_* alone are read by nobody",
-        _on("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM is not supported. Use distributed_type: DEEPSPEED."),
+        _on("ACCELERATE_USE_MEGATRON_LM", fix="Megatron-LM is not supported. Use distributed_type: DEEPSPEED."),
     ),
     Variable(
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "PARALLELISM_CONFIG_*", "ACCELERATE_ALLOW_CP_STANDALONE"),
         "refused; the others alone are read by nobody",
-        _on("ACCELERATE_USE_PARALLELISM_CONFIG", "only data parallelism is supported. Remove parallelism_config."),
+        _on("ACCELERATE_USE_PARALLELISM_CONFIG", fix="only data parallelism is supported. Remove parallelism_config."),
     ),
     Variable(("ACCELERATE_FP8_*",), "read with mixed_precision: fp8 only, which is refused"),
     Variable(
         ("ACCELERATE_USE_SAGEMAKER", "ACCELERATE_SAGEMAKER_*"),
         "refused",
-        _on("ACCELERATE_USE_SAGEMAKER", "Amazon SageMaker is not supported. Use LOCAL_MACHINE."),
+        _on("ACCELERATE_USE_SAGEMAKER", fix="Amazon SageMaker is not supported. Use LOCAL_MACHINE."),
     ),
-    Variable(
-        ("ACCELERATE_IN_TPU_POD", "ACCELERATE_DOWNCAST_BF16"),
-        "refused",
-        lambda environment: (
-            _on("ACCELERATE_IN_TPU_POD", "TPUs are not supported.")(environment)
-            or _on("ACCELERATE_DOWNCAST_BF16", "TPUs are not supported.")(environment)
-        ),
-    ),
+    Variable(TPU, "refused", _on(*TPU, fix="TPUs are not supported.")),
     Variable(
         (
             *("ACCELERATE_BYPASS_DEVICE_MAP", "ACCELERATE_INIT_INCLUDE_BUFFERS", "ACCELERATE_ENABLE_RICH"),
@@ -384,18 +371,9 @@ VARIABLES = (
         "make no difference: read by parts of accelerate that no training here uses",
     ),
     Variable(
-        ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"),
+        TASKS,
         "the number of tasks that mpirun or srun has started: 1 or the number of machines, otherwise refused",
-        lambda environment: next(
-            filter(
-                None,
-                (
-                    _one_of_many(name)(environment)
-                    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-                ),
-            ),
-            None,
-        ),
+        _one_of_many,
     ),
     Variable(("CROSS_SIZE", "CROSS_RANK"), "set by DeepSpeed's own launchers: refused", _deepspeeds_launcher),
     Variable(
