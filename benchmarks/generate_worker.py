@@ -45,7 +45,7 @@ def by_generate(model: Any, prompts: Answers, most: int, batch_size: int) -> Ans
 
 def ours(model: Any, prompts: Answers, most: int) -> Answers:
     """Answers `prompts` as the evaluation does."""
-    return decode(model, prompts, None, most, END)
+    return decode(model, prompts, None, most, {END})
 
 
 KINDS: dict[str, Callable[[Any, Answers, int], Answers]] = {

@@ -3,17 +3,19 @@
 load_model puts the model on the GPU where there is one, so the tensors of these tests follow the model.
 """
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from data.chat import render_prompt
 from data.sums import SYSTEM_PROMPT
-from eval.answers.generate import generate, load_model
+from eval.answers.generate import generate, load_model, stop_tokens
 from loop.model.opening import open_tokenizer
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny_base")
@@ -86,6 +88,25 @@ def test_an_adapter_of_lm_head_leaves_the_embedding_alone(tmp_path: Path) -> Non
             found = model(ids.to(model.device)).logits.cpu()
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             assert (found - load_model(TINY)(ids.to(model.device)).logits.cpu()).abs().max() > 0.1
+
+
+def test_answers_end_where_a_server_ends_them(tmp_path: Path) -> None:
+    """tiny_base, whose answers end with <|im_end|>, with another end token in its tokenizer: its generation_config.json
+    lists both, as those of many models do."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    tokenizer, prompts = open_tokenizer(TINY), []
+    end, other = (tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [other, end]}))
+    changed = open_tokenizer(str(folder))
+    assert changed.eos_token_id == other
+    prompts = [render_prompt(words, SYSTEM_PROMPT, tokenizer) for words in WORDS]
+    expected = generate(load_model(TINY), tokenizer, prompts, None, 40)
+    assert generate(load_model(str(folder)), changed, prompts, None, 40) == expected
+    assert stop_tokens(changed, None) == {other}
+    assert stop_tokens(changed, GenerationConfig(eos_token_id=end)) == {other, end}
 
 
 def test_progress_and_cut_off() -> None:

@@ -1,6 +1,7 @@
 """Compares decoding in batches behind a shared prefix with one prompt at a time and the whole text computed anew."""
 
 import random
+from collections.abc import Collection
 from typing import Any
 from unittest.mock import patch
 
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, MistralConfig
 
 from eval.answers import greedy
-from eval.answers.greedy import decode, size_that_fits
+from eval.answers.greedy import _decode_alone, decode, size_that_fits
 from loop.model.attention import why_not_plain_attention
 from tests.equality import TINY
 from tests.test_head import SIZES
@@ -29,10 +30,10 @@ def model() -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def by_hand(model: Any, prompt: list[int]) -> list[int]:
+def by_hand(model: Any, prompt: list[int], stops: Collection[int] = (END,)) -> list[int]:
     answer: list[int] = []
     with torch.no_grad():
-        while len(answer) < MOST and END not in answer:
+        while len(answer) < MOST and not set(stops) & set(answer):
             answer.append(int(model(torch.tensor([prompt + answer])).logits[0, -1].argmax()))
     return answer
 
@@ -43,6 +44,15 @@ def prompts(shared: int, count: int = 24) -> list[list[int]]:
     return [first + [drawn.randrange(24) for _ in range(drawn.randrange(1, 12))] for _ in range(count)]
 
 
+def test_an_answer_ends_with_the_first_of_several_stop_tokens(model: Any) -> None:
+    asked, stops = prompts(9), {END, 3, 11}
+    expected = [by_hand(model, prompt, stops) for prompt in asked]
+    assert {answer[-1] for answer in expected} >= stops, "each of them ends some answer"
+    assert decode(model, asked, None, MOST, stops) == expected
+    stateful = [_decode_alone(model, prompt, MOST, stops, lambda answered: None) for prompt in asked[:5]]
+    assert stateful == expected[:5]
+
+
 @pytest.mark.parametrize("shared", [0, 9])
 @pytest.mark.parametrize("batch_size", [1, 5, None])
 def test_is_one_at_a_time(model: Any, shared: int, batch_size: int | None) -> None:
@@ -50,7 +60,7 @@ def test_is_one_at_a_time(model: Any, shared: int, batch_size: int | None) -> No
     expected = [by_hand(model, prompt) for prompt in asked]
     assert len({len(answer) for answer in expected}) > 3, "rows have to end at different times"
     answered: list[int] = []
-    assert decode(model, asked, batch_size, MOST, END, answered.append) == expected
+    assert decode(model, asked, batch_size, MOST, {END}, answered.append) == expected
     assert sum(answered) == len(asked)
 
 
@@ -66,7 +76,7 @@ def test_a_window_shorter_than_the_prompts() -> None:
     model, asked = short_sighted(), prompts(9, 6)
     assert why_not_plain_attention(model, 40)
     answered: list[int] = []
-    assert decode(model, asked, None, MOST, END, answered.append) == [by_hand(model, prompt) for prompt in asked]
+    assert decode(model, asked, None, MOST, {END}, answered.append) == [by_hand(model, prompt) for prompt in asked]
     assert sum(answered) == 6
 
 
@@ -76,12 +86,12 @@ def test_heads_by_any_name() -> None:
     config = GPTNeoXConfig(**{**SIZES, "vocab_size": 24, "use_cache": True}, initializer_range=0.4)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     asked = prompts(4, 6)
-    assert decode(model, asked, None, MOST, END) == [by_hand(model, prompt) for prompt in asked]
+    assert decode(model, asked, None, MOST, {END}) == [by_hand(model, prompt) for prompt in asked]
 
 
 def test_equal_prompts(model: Any) -> None:
     """All prompts share all their tokens but the last."""
-    assert decode(model, [[3, 4, 5]] * 3, None, MOST, END) == [by_hand(model, [3, 4, 5])] * 3
+    assert decode(model, [[3, 4, 5]] * 3, None, MOST, {END}) == [by_hand(model, [3, 4, 5])] * 3
 
 
 def test_work_is_saved(model: Any) -> None:
@@ -97,7 +107,7 @@ def test_work_is_saved(model: Any) -> None:
 
     hook = model.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        answers = decode(model, asked, 100, MOST, END)
+        answers = decode(model, asked, 100, MOST, {END})
     finally:
         hook.remove()
     width = max(map(len, asked)) - 9
@@ -116,7 +126,7 @@ def test_a_batch_that_does_not_fit_is_halved(model: Any) -> None:
         return real(model, prefix, shared, batch, *rest)
 
     with patch.object(greedy, "decode_batch", small):
-        assert decode(model, asked, 8, MOST, END) == [by_hand(model, prompt) for prompt in asked]
+        assert decode(model, asked, 8, MOST, {END}) == [by_hand(model, prompt) for prompt in asked]
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
 
 

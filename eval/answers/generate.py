@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.answers.greedy import OnAnswered, decode
 from loop.model.opening import open_base_model
@@ -59,11 +59,19 @@ def generate(
 ) -> tuple[list[str], int]:
     """Returns the greedy answers to the rendered `prompts`, in their order, and the number of generated tokens.
 
-    An answer ends at the end token or after `max_new_tokens`. The end token is counted but not part of the text.
+    An answer ends at a stop token or after `max_new_tokens`. The stop token is counted but not part of the text.
     """
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    answers = decode(model, ids, batch_size, max_new_tokens, int(tokenizer.eos_token_id), progress)
+    answers = decode(model, ids, batch_size, max_new_tokens, stop_tokens(tokenizer, model.generation_config), progress)
     return [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers], sum(map(len, answers))
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> frozenset[int]:
+    """Returns the ids of the tokens with which an answer ends: the tokenizer's end token, with which every trained
+    answer ends, and those of the model's generation_config.json, with which a server ends an answer."""
+    found = config.eos_token_id if config is not None else None
+    others = found if isinstance(found, list) else [] if found is None else [found]
+    return frozenset({int(tokenizer.eos_token_id), *map(int, others)})
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:

@@ -4,7 +4,7 @@ In some models padding changes the result: models with a recurrent state, or wit
 text. Such a model gets one prompt at a time instead.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -29,19 +29,19 @@ def decode(
     prompts: Sequence[list[int]],
     batch_size: int | None,
     max_new_tokens: int,
-    end_token: int,
+    stops: Collection[int],
     progress: OnAnswered = lambda answered: None,
 ) -> list[list[int]]:
     """Returns the token ids of the answer to each prompt, in the order of the prompts.
 
-    An answer ends with `end_token`, or is cut off after `max_new_tokens`. Each prompt is a list of token ids and not
-    empty. Prompts of similar length share a batch, and the longest prompts come first. When `batch_size` is None, a
-    batch takes as many prompts as fit into memory.
+    An answer ends with the first token that is in `stops`, or is cut off after `max_new_tokens`. Each prompt is a list
+    of token ids and not empty. Prompts of similar length share a batch, and the longest prompts come first. When
+    `batch_size` is None, a batch takes as many prompts as fit into memory.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     longest = len(prompts[order[0]]) + max_new_tokens
     if why_not_plain_attention(model, longest):  # padding between prefix and prompt would change the result
-        return [_decode_alone(model, prompt, max_new_tokens, end_token, progress) for prompt in prompts]
+        return [_decode_alone(model, prompt, max_new_tokens, stops, progress) for prompt in prompts]
     shared = common_prefix(prompts) if len(prompts) > 1 else 0
     batch_size = batch_size or size_that_fits(model, longest)
     prefix = None
@@ -54,7 +54,7 @@ def decode(
         batch = order[start : start + batch_size]
         found = None
         try:
-            found = decode_batch(model, prefix, shared, [prompts[i] for i in batch], max_new_tokens, end_token)
+            found = decode_batch(model, prefix, shared, [prompts[i] for i in batch], max_new_tokens, stops)
         except torch.cuda.OutOfMemoryError:
             if batch_size == 1:
                 raise
@@ -70,7 +70,7 @@ def decode(
 
 
 def _decode_alone(
-    model: Any, prompt: list[int], max_new_tokens: int, end_token: int, progress: OnAnswered
+    model: Any, prompt: list[int], max_new_tokens: int, stops: Collection[int], progress: OnAnswered
 ) -> list[int]:
     ids = torch.tensor([prompt], device=model.device)
     settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
@@ -78,8 +78,8 @@ def _decode_alone(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
-        eos_token_id=end_token,
-        pad_token_id=end_token,
+        eos_token_id=list(stops),
+        pad_token_id=min(stops),
         repetition_penalty=1.0,  # a checkpoint's own generation_config may say otherwise
         **settings,
     )
@@ -94,7 +94,7 @@ def decode_batch(
     shared: int,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    end_token: int,
+    stops: Collection[int],
 ) -> list[list[int]]:
     """Returns the answers to one batch of prompts.
 
@@ -102,7 +102,7 @@ def decode_batch(
     """
     device, b = model.device, len(prompts)
     width = max(map(len, prompts)) - shared
-    ids = torch.full((b, width), end_token)
+    ids = torch.full((b, width), min(stops))  # what stands in the padding is masked
     mask = torch.ones(b, shared + width, dtype=torch.long)
     for i, prompt in enumerate(prompts):
         padding = width + shared - len(prompt)
@@ -127,7 +127,7 @@ def decode_batch(
         going_on = []
         for i, token in enumerate(tokens.tolist()):  # tolist() waits for the GPU
             answers[rows[i]].append(token)
-            if token != end_token:
+            if token not in stops:
                 going_on.append(i)
         if not going_on:
             break

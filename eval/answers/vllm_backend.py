@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from transformers import GenerationConfig
+
 from data.chat import render_prompt, user_text
 from data.errors import UserError
 from data.rows import Row
-from eval.answers.generate import timed
+from eval.answers.generate import stop_tokens, timed
 from loop.model.opening import open_tokenizer
 
 
@@ -63,9 +65,12 @@ def ask_vllm(question: VllmQuestion) -> tuple[list[str], int, float]:
         **({"max_lora_rank": _rank(question.adapter)} if question.adapter else {}),
         **({"max_num_seqs": question.batch_size} if question.batch_size else {}),
     )
-    sampling = vllm.SamplingParams(
-        temperature=0.0, max_tokens=question.max_new_tokens, stop_token_ids=[tokenizer.eos_token_id]
-    )
+    try:
+        config = GenerationConfig.from_pretrained(question.model)
+    except OSError:  # a model need not have one
+        config = None
+    stops = sorted(stop_tokens(tokenizer, config))
+    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=question.max_new_tokens, stop_token_ids=stops)
     adapter = None
     if question.adapter is not None:
         adapter = importlib.import_module("vllm.lora.request").LoRARequest("adapter", 1, str(question.adapter))
