@@ -1,6 +1,5 @@
-"""Turns rows into token ids with the tokenizer's own chat template, which writes the prompt around the user's text."""
+"""Turns rows into token ids with the tokenizer's own chat template, which writes the prompt and the answer."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from data.errors import UserError
 from data.examples import Example, Examples
 from data.rows import Problems, Row
+from data.template import ANSWER, USER, ChatTemplate, plain_parts
 
 BATCH = 1000  # rows tokenized at once
-PLACE = "\ue000"  # a character for private use; it stands for the user's text in a template
 
 
 def user_text(row: Row) -> str:
@@ -20,61 +19,15 @@ def user_text(row: Row) -> str:
     return f"{row.instruction}\n{row.input}" if row.input else row.instruction
 
 
-def render_prompt(user: str, system_prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the chat turns as text, up to where the assistant begins to answer what `user` says.
-
-    Raises UserError when the tokenizer's chat template does not work.
-    """
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages.append({"role": "user", "content": user})
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # the template is a program that comes with the model, and may raise anything
-        raise UserError(
-            f"{tokenizer.name_or_path}: its chat template fails: {error}. Correct it; if it wants no system turn, "
-            "leave data.system_prompt empty."
-        ) from error
-
-
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Returns the tokens that can begin or end a turn.
-
-    They are all special tokens, and those of the other added tokens that the chat template writes and that are more
-    than white space.
-    """
-    template = str(tokenizer.chat_template)
-    added = [token for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
-    return [token.content for token in added if token.special or token.content in template]
-
-
-def encode_row(
-    row: Row, system_prompt: str, tokenizer: PreTrainedTokenizerBase, control: Sequence[str] | None = None
-) -> Example:
+def encode_row(row: Row, system_prompt: str, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Tokenizes one row. A control token in the row's text, such as <|im_end|>, becomes plain text: it makes no turn.
 
-    `control` is what `control_tokens` returns for `tokenizer`; without it this function calls `control_tokens` itself.
+    Raises UserError when the chat template does not show the row as it is.
     """
-    forged = control_tokens(tokenizer) if control is None else control
-
-    def ids(text: str) -> list[int]:
-        encoded: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return encoded
-
-    def plain_ids(text: str) -> list[int]:
-        """Cuts `text` after the first character of each control token, and tokenizes the parts.
-
-        So the tokenizer never sees a control token.
-        """
-        cuts = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in forged)
-        return [token_id for part in re.split(cuts, text) for token_id in ids(part)] if cuts else ids(text)
-
-    user = user_text(row)
-    if any(token in user for token in forged):
-        before, after = render_prompt(PLACE, system_prompt, tokenizer).split(PLACE)
-        prompt_ids = ids(before) + plain_ids(user) + ids(after)
-    else:
-        prompt_ids = ids(render_prompt(user, system_prompt, tokenizer))
-    return Example(row.number, prompt_ids, [*plain_ids(row.output), tokenizer.eos_token_id])
+    (example,) = encode_batch([row], ChatTemplate(tokenizer, system_prompt))
+    if isinstance(example, UserError):
+        raise example
+    return example
 
 
 def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
@@ -91,64 +44,104 @@ def encode_rows(
 
     Raises UserError, naming the rows of the file `path`, when a row is longer: no row is cut off. It also raises
     UserError when the tokenizer has no end token or no chat template, and when the chat template fails or does not
-    show what the user says.
+    show what a row says.
     """
-    if tokenizer.chat_template is None:
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template. Use an Instruct model.")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end token. Set its eos_token.")
-    if render_prompt(PLACE, system_prompt, tokenizer).count(PLACE) != 1:
-        raise UserError(
-            f"{tokenizer.name_or_path}: its chat template does not show what the user says once. Correct it."
-        )
     problems = Problems()
-    examples = Examples(_encoded(rows, system_prompt, max_length, tokenizer, problems))
+    examples = Examples(_encoded(rows, ChatTemplate(tokenizer, system_prompt), max_length, problems))
     problems.fail(path)
     return examples
 
 
-def _encoded(
-    rows: Iterable[Row], system_prompt: str, max_length: int, tokenizer: PreTrainedTokenizerBase, problems: Problems
-) -> Iterator[Example]:
+def _encoded(rows: Iterable[Row], template: ChatTemplate, max_length: int, problems: Problems) -> Iterator[Example]:
     """Yields the rows that are not too long, and adds to `problems` what is wrong with the others."""
-    control = control_tokens(tokenizer)
-    most = max_length * max(len(token) for token in tokenizer.get_vocab())  # characters that max_length tokens can have
+    # Characters that max_length tokens can have.
+    most = max_length * max(len(token) for token in template.tokenizer.get_vocab())
     for batch in batched(rows, BATCH):
         lengths = [len(user_text(row)) + len(row.output) for row in batch]
         # A row with more characters is surely too long, and may be too much for the tokenizer.
         fitting = [row for row, characters in zip(batch, lengths, strict=True) if characters <= most]
-        found = {example.row: example for example in encode_batch(fitting, system_prompt, tokenizer, control)}
+        found = {row.number: example for row, example in zip(fitting, encode_batch(fitting, template), strict=True)}
         for row, characters in zip(batch, lengths, strict=True):
             example = found.get(row.number)
-            length = example.length if example else 0
-            problem = None
-            if example is None or length > max_length:
-                size = f"{length} tokens" if example else f"{characters:,} characters"
-                problem = f"row {row.number}: {size}; shorten it or raise data.max_length ({max_length})"
-            problems.add(problem)
-            if example is not None and problem is None:
+            if isinstance(example, UserError):
+                problems.add(f"row {row.number}: {example}")
+            elif example is None or example.length > max_length:
+                size = f"{example.length} tokens" if example else f"{characters:,} characters"
+                problems.add(f"row {row.number}: {size}; shorten it or raise data.max_length ({max_length})")
+            else:
+                problems.add(None)
                 yield example
 
 
-def encode_batch(
-    rows: Sequence[Row], system_prompt: str, tokenizer: PreTrainedTokenizerBase, control: Sequence[str]
-) -> list[Example]:
-    """Tokenizes `rows` to the same examples as `encode_row` does, but faster.
+def encode_batch(rows: Sequence[Row], template: ChatTemplate) -> list[Example | UserError]:
+    """Tokenizes `rows`; an error stands in the place of a row that the template does not show as it is.
 
-    It calls the tokenizer only twice for all the rows whose text contains no control token.
+    An answer is tokenized behind the end of its prompt, so that no tokenizer takes it for the beginning of a text.
+    Where the tokenizer joins both, the answer is tokenized apart, because a server gives the prompt alone to the model.
     """
-    forged = [any(token in user_text(row) or token in row.output for token in control) for row in rows]
-    plain = [row for row, is_forged in zip(rows, forged, strict=True) if not is_forged]
-    prompts = [render_prompt(user_text(row), system_prompt, tokenizer) for row in plain]
-    ids = iter(zip(_ids_of_all(prompts, tokenizer), _ids_of_all([row.output for row in plain], tokenizer), strict=True))
-    examples = []
-    for row, is_forged in zip(rows, forged, strict=True):
-        if is_forged:
-            examples.append(encode_row(row, system_prompt, tokenizer, control))
+    texts: list[tuple[str, str] | UserError | None] = []
+    for row in rows:
+        user = user_text(row)
+        if any(token in user or token in _behind_thought(row.output, template) for token in template.control):
+            texts.append(None)  # tokenized in pieces below
+            continue
+        try:
+            texts.append(template.turn(user, row.output))
+        except UserError as error:
+            texts.append(error)
+    ids = iter(_ids_of_turns([text for text in texts if isinstance(text, tuple)], template))
+    examples: list[Example | UserError] = []
+    for row, text in zip(rows, texts, strict=True):
+        if isinstance(text, UserError):
+            examples.append(text)
+        elif text is None:
+            examples.append(_encode_in_pieces(row, template))
         else:
-            prompt, answer = next(ids)
-            examples.append(Example(row.number, prompt, [*answer, tokenizer.eos_token_id]))
+            examples.append(Example(row.number, *next(ids)))
     return examples
+
+
+def _ids_of_turns(turns: Sequence[tuple[str, str]], template: ChatTemplate) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields the ids of each prompt and of its answer."""
+    context = template.context
+    begins = [context if context and prompt.endswith(context) else prompt for prompt, _ in turns]
+    prompts = _ids_of_all([prompt for prompt, _ in turns], template.tokenizer)
+    behind = _ids_of_all([begin + turn[1] for begin, turn in zip(begins, turns, strict=True)], template.tokenizer)
+    of_context = _ids(context, template.tokenizer) if context else []
+    for begin, (_, answer), ids, both in zip(begins, turns, prompts, behind, strict=True):
+        before = of_context if begin == context else ids
+        joined = both[: len(before)] != before
+        yield ids, _ids(answer, template.tokenizer) if joined else both[len(before) :]
+
+
+def _behind_thought(output: str, template: ChatTemplate) -> str:
+    """The part of an answer in which a control token is plain text: all but the marks of a thought at its beginning."""
+    if "<think>" in template.control and output.lstrip().startswith("<think>") and "</think>" in output:
+        return output.replace("<think>", "", 1).replace("</think>", "", 1)
+    return output
+
+
+def prompt_ids(user: str, template: ChatTemplate) -> list[int]:
+    """The ids of what a server sends when the user says `user`; a control token in it is plain text."""
+    if not any(token in user for token in template.control):
+        return _ids(template.prompt(user), template.tokenizer)
+    return _ids_of_pieces([template.before, *plain_parts(user, template.control), template.after], template)
+
+
+def _encode_in_pieces(row: Row, template: ChatTemplate) -> Example:
+    """Tokenizes what the template writes, and what the row says as plain text, in which no control token is seen."""
+    lead, _, end = template.turn(USER, ANSWER)[1].partition(ANSWER)
+    answer = _ids_of_pieces([lead, *plain_parts(row.output, template.control), end], template)
+    return Example(row.number, prompt_ids(user_text(row), template), answer)
+
+
+def _ids_of_pieces(pieces: Sequence[str], template: ChatTemplate) -> list[int]:
+    return [token_id for piece in pieces if piece for token_id in _ids(piece, template.tokenizer)]
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    encoded: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return encoded
 
 
 def _ids_of_all(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -22,11 +22,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data.chat import render_prompt, user_text
+from data.chat import prompt_ids, user_text
 from data.errors import UserError
 from data.examples import Example
 from data.rows import Problems, Row, read_rows
-from eval.answers.generate import generate, load_model, timed
+from data.template import ChatTemplate
+from eval.answers.generate import generate, load_model, stop_tokens, timed
 from eval.answers.vllm_backend import ask_vllm, check_vllm
 from eval.check import Verdict, check_answer, number_asked
 from eval.files import user_error
@@ -101,18 +102,24 @@ def ask(question: Question) -> Asked:
     tokenizer = open_tokenizer(question.model, question.trust_remote_code)
     model = load_model(question.model, question.adapter, question.merge, question.trust_remote_code)
     peak_load = peak_memory()
-    prompts = [render_prompt(user_text(row), question.system_prompt, tokenizer) for row in question.rows]
+    template = ChatTemplate(tokenizer, question.system_prompt)
+    prompts, stops = (
+        [template.prompt(user_text(row)) for row in question.rows],
+        stop_tokens(template, model.generation_config),
+    )
     peak_memory()  # the peak counts from here on
     held = memory_in_use()
     with tqdm(total=len(prompts), desc=question.label, unit="prompt", disable=not sys.stderr.isatty()) as bar:
         (answers, num_tokens), seconds = timed(
             lambda: generate(
-                model, tokenizer, prompts, question.batch_size, question.max_new_tokens, progress=bar.update
+                model, tokenizer, prompts, stops, question.batch_size, question.max_new_tokens, progress=bar.update
             )
         )
     peak = peak_memory()
     peak_inference = peak - held if peak is not None and held is not None else None
-    alone = [generate(model, tokenizer, [p], 1, question.max_new_tokens)[0][0] for p in prompts[: question.verify]]
+    alone = [
+        generate(model, tokenizer, [p], stops, 1, question.max_new_tokens)[0][0] for p in prompts[: question.verify]
+    ]
     different = sum(a != b for a, b in zip(alone, answers[: question.verify], strict=True))
     return Asked(answers, num_tokens, seconds, peak_load, peak_inference, different)
 
@@ -263,11 +270,8 @@ def questions(args: argparse.Namespace) -> list[Question]:
 
 def _check_prompts(base: Any, rows: Sequence[Row], recipe: Recipe, max_new_tokens: int) -> None:
     """Raises UserError where a prompt has a token that the model does not know, or is too long with its answer."""
-    tokenizer, system_prompt = build_tokenizer(recipe), recipe.data.system_prompt
-    prompts = [
-        tokenizer(render_prompt(user_text(row), system_prompt, tokenizer), add_special_tokens=False)["input_ids"]
-        for row in rows
-    ]
+    template = ChatTemplate(build_tokenizer(recipe), recipe.data.system_prompt)
+    prompts = [prompt_ids(user_text(row), template) for row in rows]
     # The first token stands for each of the answer's.
     examples = [Example(row.number, ids, ids[:1] * max_new_tokens) for row, ids in zip(rows, prompts, strict=True)]
     if warning := check_limits(base, [examples]):

@@ -13,8 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from data.chat import render_prompt
+from data.chat import prompt_ids
 from data.sums import SYSTEM_PROMPT
+from data.template import ChatTemplate
 from eval.answers.generate import generate, load_model, stop_tokens
 from loop.model.opening import open_tokenizer
 
@@ -36,12 +37,11 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def one_by_one(model: Any, tokenizer: Any, prompt: str, most: int) -> list[int]:
+def one_by_one(model: Any, tokenizer: Any, ids: list[int], most: int) -> list[int]:
     """Generates one greedy answer by hand.
 
     The whole text goes through the model for every token, without a cache, without padding and without `generate`.
     """
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     answer: list[int] = []
     with torch.no_grad():
         while len(answer) < most and tokenizer.eos_token_id not in answer:
@@ -54,10 +54,11 @@ def one_by_one(model: Any, tokenizer: Any, prompt: str, most: int) -> list[int]:
 def test_batched_is_one_by_one(adapter: Path, merge: bool) -> None:
     tokenizer = open_tokenizer(TINY)
     model = load_model(TINY, adapter, merge)
-    prompts = [render_prompt(words, SYSTEM_PROMPT, tokenizer) for words in WORDS]
+    template = ChatTemplate(tokenizer, SYSTEM_PROMPT)
+    prompts = [prompt_ids(words, template) for words in WORDS]
     expected = [one_by_one(model, tokenizer, prompt, 40) for prompt in prompts]
     for batch_size in (1, 4, 100):
-        answers, num_tokens = generate(model, tokenizer, prompts, batch_size, 40)
+        answers, num_tokens = generate(model, tokenizer, prompts, {tokenizer.eos_token_id}, batch_size, 40)
         assert answers == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
         assert num_tokens == sum(map(len, expected))
 
@@ -97,21 +98,32 @@ def test_answers_end_where_a_server_ends_them(tmp_path: Path) -> None:
     shutil.copytree(TINY, folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
-    tokenizer, prompts = open_tokenizer(TINY), []
-    end, other = (tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>"))
+    tokenizer = open_tokenizer(TINY)
+    end, other, third = (tokenizer.get_vocab()[name] for name in ("<|im_end|>", "<|endoftext|>", "<|im_start|>"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [other, end]}))
     changed = open_tokenizer(str(folder))
     assert changed.eos_token_id == other
-    prompts = [render_prompt(words, SYSTEM_PROMPT, tokenizer) for words in WORDS]
-    expected = generate(load_model(TINY), tokenizer, prompts, None, 40)
-    assert generate(load_model(str(folder)), changed, prompts, None, 40) == expected
-    assert stop_tokens(changed, None) == {other}
-    assert stop_tokens(changed, GenerationConfig(eos_token_id=end)) == {other, end}
+    template = ChatTemplate(tokenizer, SYSTEM_PROMPT)
+    prompts = [prompt_ids(words, template) for words in WORDS]
+    expected = generate(load_model(TINY), tokenizer, prompts, {end}, None, 40)
+    model, asks = load_model(str(folder)), ChatTemplate(changed, SYSTEM_PROMPT)
+    assert generate(model, changed, prompts, stop_tokens(asks, model.generation_config), None, 40) == expected
+    assert asks.stop_token == end, "the template ends its turns with it"
+    assert stop_tokens(asks, None) == {other, end}
+    assert stop_tokens(asks, GenerationConfig(eos_token_id=[third])) == {other, end, third}
 
 
 def test_progress_and_cut_off() -> None:
     tokenizer = open_tokenizer(TINY)
     seen: list[int] = []
-    answers, num_tokens = generate(load_model(TINY), tokenizer, ["复", "述", "大"], 2, 1, seen.append)
+    answers, num_tokens = generate(
+        load_model(TINY),
+        tokenizer,
+        [tokenizer(word)["input_ids"] for word in "复述大"],
+        {tokenizer.eos_token_id},
+        2,
+        1,
+        seen.append,
+    )
     assert seen == [2, 1]
     assert num_tokens == len(answers) == 3

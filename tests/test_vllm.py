@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from data.chat import render_prompt
 from data.errors import UserError
 from data.rows import Row
 from data.sums import SYSTEM_PROMPT
+from data.template import ChatTemplate
 from eval.run import Question, ask, parse
 from loop.model.opening import open_tokenizer
 from tests.equality import TINY
@@ -56,7 +56,7 @@ def test_asks_vllm(tmp_path: Path, rank: int, room: int) -> None:
     assert options["enable_lora"] is True
     assert (sampling.temperature, sampling.max_tokens, sampling.stop_token_ids) == (0.0, 9, [tokenizer.eos_token_id])
     assert adapter[1:] == (1, str(tmp_path))
-    texts = [render_prompt(row.instruction, SYSTEM_PROMPT, tokenizer) for row in ROWS]
+    texts = [ChatTemplate(tokenizer, SYSTEM_PROMPT).prompt(row.instruction) for row in ROWS]
     assert [prompt["prompt_token_ids"] for prompt in prompts] == [tokenizer(text)["input_ids"] for text in texts]
     last = [tokenizer.decode(tokenizer(text)["input_ids"][-3:], skip_special_tokens=True) for text in texts]
     assert answer.answers == last

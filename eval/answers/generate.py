@@ -4,7 +4,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from data.template import ChatTemplate
 from eval.answers.greedy import OnAnswered, decode
 from loop.model.opening import open_base_model
 
@@ -52,26 +53,26 @@ def _shares_adapted_weights(model: PeftModel) -> bool:
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[list[int]],
+    stops: Collection[int],
     batch_size: int | None,
     max_new_tokens: int,
     progress: OnAnswered = lambda answered: None,
 ) -> tuple[list[str], int]:
-    """Returns the greedy answers to the rendered `prompts`, in their order, and the number of generated tokens.
+    """Returns the greedy answers to the tokenized `prompts`, in their order, and the number of generated tokens.
 
-    An answer ends at a stop token or after `max_new_tokens`. The stop token is counted but not part of the text.
+    An answer ends at a token of `stops` or after `max_new_tokens`. The stop token is counted but not part of the text.
     """
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    answers = decode(model, ids, batch_size, max_new_tokens, stop_tokens(tokenizer, model.generation_config), progress)
+    answers = decode(model, prompts, batch_size, max_new_tokens, stops, progress)
     return [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers], sum(map(len, answers))
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig | None) -> frozenset[int]:
-    """Returns the ids of the tokens with which an answer ends: the tokenizer's end token, with which every trained
-    answer ends, and those of the model's generation_config.json, with which a server ends an answer."""
+def stop_tokens(template: ChatTemplate, config: GenerationConfig | None) -> frozenset[int]:
+    """Returns the ids of the tokens with which an answer ends: the one with which every trained answer ends, the
+    tokenizer's end token, and those of the model's generation_config.json, with which a server ends an answer."""
     found = config.eos_token_id if config is not None else None
     others = found if isinstance(found, list) else [] if found is None else [found]
-    return frozenset({int(tokenizer.eos_token_id), *map(int, others)})
+    return frozenset({template.stop_token, int(template.tokenizer.eos_token_id), *map(int, others)})
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:

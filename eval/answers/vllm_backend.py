@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from transformers import GenerationConfig
 
-from data.chat import render_prompt, user_text
+from data.chat import prompt_ids, user_text
 from data.errors import UserError
 from data.rows import Row
+from data.template import ChatTemplate
 from eval.answers.generate import stop_tokens, timed
 from loop.model.opening import open_tokenizer
 
@@ -69,13 +70,13 @@ def ask_vllm(question: VllmQuestion) -> tuple[list[str], int, float]:
         config = GenerationConfig.from_pretrained(question.model)
     except OSError:  # a model need not have one
         config = None
-    stops = sorted(stop_tokens(tokenizer, config))
+    template = ChatTemplate(tokenizer, question.system_prompt)
+    stops = sorted(stop_tokens(template, config))
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=question.max_new_tokens, stop_token_ids=stops)
     adapter = None
     if question.adapter is not None:
         adapter = importlib.import_module("vllm.lora.request").LoRARequest("adapter", 1, str(question.adapter))
-    texts = [render_prompt(user_text(row), question.system_prompt, tokenizer) for row in question.rows]
-    prompts = [{"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts]
+    prompts = [{"prompt_token_ids": prompt_ids(user_text(row), template)} for row in question.rows]
     outputs, seconds = timed(lambda: engine.generate(prompts, sampling, lora_request=adapter))
     ids = [list(output.outputs[0].token_ids) for output in outputs]
     return [str(tokenizer.decode(each, skip_special_tokens=True)) for each in ids], sum(map(len, ids)), seconds
