@@ -103,10 +103,8 @@ def ask(question: Question) -> Asked:
     model = load_model(question.model, question.adapter, question.merge, question.trust_remote_code)
     peak_load = peak_memory()
     template = ChatTemplate(tokenizer, question.system_prompt)
-    prompts, stops = (
-        [template.prompt(user_text(row)) for row in question.rows],
-        stop_tokens(template, model.generation_config),
-    )
+    prompts = [prompt_ids(user_text(row), template) for row in question.rows]
+    stops = stop_tokens(template, model.generation_config)
     peak_memory()  # the peak counts from here on
     held = memory_in_use()
     with tqdm(total=len(prompts), desc=question.label, unit="prompt", disable=not sys.stderr.isatty()) as bar:

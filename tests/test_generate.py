@@ -116,14 +116,7 @@ def test_answers_end_where_a_server_ends_them(tmp_path: Path) -> None:
 def test_progress_and_cut_off() -> None:
     tokenizer = open_tokenizer(TINY)
     seen: list[int] = []
-    answers, num_tokens = generate(
-        load_model(TINY),
-        tokenizer,
-        [tokenizer(word)["input_ids"] for word in "复述大"],
-        {tokenizer.eos_token_id},
-        2,
-        1,
-        seen.append,
-    )
+    prompts, stops = [tokenizer(word)["input_ids"] for word in "复述大"], {tokenizer.eos_token_id}
+    answers, num_tokens = generate(load_model(TINY), tokenizer, prompts, stops, 2, 1, seen.append)
     assert seen == [2, 1]
     assert num_tokens == len(answers) == 3
