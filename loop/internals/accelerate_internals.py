@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 WRITTEN_AGAINST = "1.15.0"
 # Keys of a file that _validate_launch_command does not copy as they are, or whose value makes no difference.
@@ -58,7 +59,11 @@ def _resolve(words: Sequence[str]) -> tuple[argparse.Namespace, Asked]:
     disabled = logging.root.manager.disable
     logging.disable()  # the launcher itself has said which defaults it took
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            # The launcher has asked this too. Asking it in a rank would give every rank a context on the first GPU.
+            patch("accelerate.commands.launch.is_bf16_available", lambda *_: True),
+        ):
             args, file, _ = _validate_launch_command(launch_command_parser().parse_args(list(words)))
     finally:
         logging.disable(disabled)
