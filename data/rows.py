@@ -11,6 +11,7 @@ from data.errors import UserError
 
 SHOWN_PROBLEMS = 10  # an error shows this many bad rows
 BEHIND = tuple(" \t\r\n,]")  # one of these characters follows a value in an array
+FIELDS = ("instruction", "input", "output")  # all that a row may say
 CHUNK = 2**20  # at least this many characters of a JSON array are read at once
 
 
@@ -63,8 +64,8 @@ def iter_rows(path: Path) -> Iterator[Row]:
     """Yields the good rows of the file at `path`, in file order, and reads the file on as the caller asks for rows.
 
     Raises UserError, which names the file, the row and the fix. It does so at once when the file cannot be read, and
-    after the last row when there are no rows or bad ones: a bad row is malformed, lacks a field, or has a field that
-    is empty or no text.
+    after the last row when there are no rows or bad ones: a bad row is malformed, lacks a field, has one that is empty
+    or no text, or has another field, which would be left out of the training without a word.
     """
     problems = Problems()
     for number, value, problem in _values(path):
@@ -239,7 +240,11 @@ def _problem(value: Any) -> str | None:
             return f"the field {field!r} is empty; fill it or remove the row"
     if not isinstance(value.get("input", ""), str | None):
         return f"the field 'input' is of type {type(value['input']).__name__}; make it text"
-    for field in ("instruction", "input", "output"):
+    unknown = sorted(str(field) for field in value if field not in FIELDS and value[field] not in (None, "", []))
+    if unknown:
+        names = ", ".join(map(repr, unknown))[:200]
+        return f"nothing reads {names}; remove it, or put what it says into 'instruction' or 'input'"
+    for field in FIELDS:
         if not _is_text(value.get(field) or ""):
             return f"the field {field!r} has half of a surrogate pair, which is no character; remove it"
     return None

@@ -233,6 +233,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 CASES: dict[str, Case] = {
     # --- data files
     "data: empty": data("", "no rows"),
+    "data: fields that nothing reads": data(
+        '{"instruction": "a", "output": "b", "system": "c"}', "nothing reads 'system'"
+    ),
     "data: blanks": data(" \n\t\n", "no rows"),
     "data: BOM alone": data(b"\xef\xbb\xbf", "no rows"),
     "data: empty array": data("[]", "no rows"),

@@ -42,6 +42,10 @@ def test_input_is_kept(tmp_path: Path) -> None:
     assert read_rows(write(tmp_path, text)) == [Row(1, "split", "5", "1 + 4"), Row(2, "a", "", "b")]
 
 
+def test_an_empty_field_that_nothing_reads_says_nothing(tmp_path: Path) -> None:
+    assert len(read_rows(write(tmp_path, GOOD[:-1] + ', "system": "", "history": [], "id": null}'))) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -67,6 +71,10 @@ def test_input_is_kept(tmp_path: Path) -> None:
         ('{"instruction": 5, "output": "x"}', "row 1: the field 'instruction' is of type int"),
         ('{"instruction": "x", "output": null}', "row 1: the field 'output' is of type NoneType"),
         ('{"instruction": "x", "input": 3, "output": "y"}', "row 1: the field 'input' is of type int"),
+        (
+            GOOD[:-1] + ', "system": "s", "history": [["a", "b"]]}',
+            "row 1: nothing reads 'history', 'system'; remove it",
+        ),
         (b'{"instruction": "\xff"}', "byte 17 is not UTF-8"),
     ],
 )
