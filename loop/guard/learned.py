@@ -15,8 +15,8 @@ def check_learned(model: PeftModel, accelerator: Accelerator) -> None:
     """Raises RunError on every rank, with the names, where an adapter changes nothing after the run's last step; every
     rank enters.
 
-    Of the two matrices of an adapter one begins with zeros. Its gradient has
-    been exactly zero in every step, or the learning rate has, where it still holds only zeros.
+    Of the two matrices of an adapter one begins with zeros. Where it still holds only zeros, its gradient has been
+    exactly zero in every step, or the learning rate has.
     """
     adapter = gather_adapter(model, accelerator)
 

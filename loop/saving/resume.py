@@ -162,6 +162,11 @@ def check_resumable(
             )
         elif rows < len(data.train):
             changed.append(f"{rows:,} rows")
+    elif then.get("train_tokens_sha256", now["train_tokens_sha256"]) != now["train_tokens_sha256"]:
+        differences.append(
+            "data.train_file: its rows become other tokens than then. (The chat template may write the date, or "
+            "another version of this project made the labels.)"
+        )
     if then["mixed_precision"] != now["mixed_precision"]:
         differences.append(f"mixed_precision: {then['mixed_precision']} then, {now['mixed_precision']} now")
     if then["rows_per_step"] != now["rows_per_step"]:
