@@ -10,7 +10,7 @@ from tests.distributed.launching import CONFIGS, launch, start
 
 
 @pytest.mark.parametrize(
-    "config", ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero0", "zero3_offload"))]
+    "config", ["zero0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero3", "zero3_offload"))]
 )
 def test_learns_the_task(config: str, tmp_path: Path) -> None:
     run = launch(CONFIGS / f"{config}.yaml", folder=tmp_path / "run")
