@@ -84,9 +84,9 @@ def test_a_run_that_is_nothing_but_warm_up_is_refused() -> None:
 @pytest.mark.parametrize("ratio", [0.0, 0.03, 0.34, 0.5, 0.8, 0.95])
 def test_the_schedules_that_are_refused_are_those_that_never_reach_the_peak(ratio: float) -> None:
     """The judge is the schedule itself, as the run uses it."""
+    recipe = parse_recipe(["--config", str(DEBUG), "--optim.warmup_ratio", str(ratio)])[1]
     for epochs in range(1, 30):
-        batch = schedule(4, "--epochs", str(epochs), "--optim.warmup_ratio", str(ratio))
-        recipe = parse_recipe(["--config", str(DEBUG), "--optim.warmup_ratio", str(ratio)])[1]
+        batch = BatchArithmetic.of(replace(recipe, epochs=epochs), 1, 4)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.optim.lr)
         scheduler = build_lr_scheduler(recipe, optimizer, batch.total_steps)
         rates = []
@@ -101,4 +101,4 @@ def test_the_schedules_that_are_refused_are_those_that_never_reach_the_peak(rati
             batch.check_schedule()
         advised = re.search(r"--epochs (\d+)", str(error.value))
         assert advised
-        schedule(4, "--epochs", advised[1], "--optim.warmup_ratio", str(ratio)).check_schedule()
+        BatchArithmetic.of(replace(recipe, epochs=int(advised[1])), 1, 4).check_schedule()
