@@ -163,7 +163,7 @@ print(len(examples), peak_host_memory() - before)
 """
 
 
-@pytest.mark.parametrize("form", ["array", "lines"])
+@pytest.mark.parametrize("form", ["array", pytest.param("lines", marks=pytest.mark.slow)])
 @pytest.mark.launches
 def test_memory_does_not_grow_with_the_rows(form: str, tmp_path: Path) -> None:
     """A hundred thousand rows of 49 tokens are read, tokenized and dealt out once; memory holds a few numbers a row."""

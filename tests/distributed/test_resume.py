@@ -63,7 +63,8 @@ def cut(run: Run, folder: Path) -> None:
     ("name", "processes", "precision"),
     [
         *((stage, 2, "bf16") for stage in STAGES),
-        *(("zero0", 2, "no"), ("zero2_offload", 2, "no"), ("zero3", 2, "no")),
+        ("zero3", 2, "no"),
+        *(pytest.param(stage, 2, "no", marks=pytest.mark.slow) for stage in ("zero0", "zero2_offload")),
         *(("ddp_gpus", 2, "bf16"), ("single_cpu", 1, "no")),
     ],
 )
