@@ -22,7 +22,12 @@ def write_section(title: str, command: str, text: str, page_name: str = "guarant
         host = machine()
         device = f"{host['cores']} cores of {host['cpu']}, gloo"
     said = f"Written by `{command}` on {time.strftime('%Y-%m-%d')}, {device}; {versions}."
-    section = f"## {title}\n\n{said}\n\n{text.strip()}\n"
+    replace_section(title, f"{said}\n\n{text}", page_name)
+
+
+def replace_section(title: str, text: str, page_name: str) -> None:
+    """Replaces the section `title` of the page `page_name` of docs/ by `text` alone, or adds it where there is none."""
+    section = f"## {title}\n\n{text.strip()}\n"
     file = ROOT / "docs" / page_name
     page = file.read_text(encoding="utf-8")
     old = re.search(rf"^## {re.escape(title)}$.*?(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from data.errors import UserError
 from data.examples import Example, Examples
 from data.rows import Problems, Row
-from data.template import ANSWER, USER, ChatTemplate, plain_parts
+from data.template import ChatTemplate, plain_parts
 
 BATCH = 1000  # rows tokenized at once
 
@@ -81,8 +81,8 @@ def encode_batch(rows: Sequence[Row], template: ChatTemplate) -> list[Example | 
     """
     texts: list[tuple[str, str] | UserError | None] = []
     for row in rows:
-        user = user_text(row)
-        if any(token in user or token in _behind_thought(row.output, template) for token in template.control):
+        user, output = user_text(row), _behind_thought(row.output, template)
+        if any(token in user or token in output for token in template.control):
             texts.append(None)  # tokenized in pieces below
             continue
         try:
@@ -130,8 +130,7 @@ def prompt_ids(user: str, template: ChatTemplate) -> list[int]:
 
 def _encode_in_pieces(row: Row, template: ChatTemplate) -> Example:
     """Tokenizes what the template writes, and what the row says as plain text, in which no control token is seen."""
-    lead, _, end = template.turn(USER, ANSWER)[1].partition(ANSWER)
-    answer = _ids_of_pieces([lead, *plain_parts(row.output, template.control), end], template)
+    answer = _ids_of_pieces([template.lead, *plain_parts(row.output, template.control), template.end], template)
     return Example(row.number, prompt_ids(user_text(row), template), answer)
 
 

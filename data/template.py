@@ -36,15 +36,16 @@ class ChatTemplate:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{self.name}: the tokenizer has no end token. Set its eos_token.")
         self.control = control_tokens(tokenizer)
-        self.as_parts, self.variables, self.tail = self._try()
-        self.before, _, self.after = self.prompt(USER).partition(USER)
+        prompt, whole = self._try()
+        self.before, _, self.after = prompt.partition(USER)
+        self.lead, _, self.tail = whole[len(prompt) :].partition(ANSWER)  # what it writes around an answer
         self.end = self._end(self.tail)
         # What a tokenizer has to see before an answer: it cuts a text at control tokens before anything else.
         last = max((self.after.rfind(token) for token in self.control), default=-1)
         self.context = self.after[last:] if last >= 0 else ""
 
-    def _try(self) -> tuple[bool, Mapping[str, Any], str]:
-        """Finds the way to ask the template, and what it writes behind an answer."""
+    def _try(self) -> tuple[str, str]:
+        """Finds the way to ask the template; returns a prompt, and the conversation with an answer behind it."""
         problem = None
         for as_parts in (False, True):
             for variables in VARIABLES:
@@ -52,7 +53,7 @@ class ChatTemplate:
                 try:
                     prompt, whole = self.prompt(USER), self._render(USER, {"content": ANSWER})
                     self._check(prompt, whole)
-                    return as_parts, variables, whole.partition(ANSWER)[2]
+                    return prompt, whole
                 except UserError as error:
                     problem = problem or error
         assert problem is not None

@@ -58,12 +58,17 @@ def launch(
     return start([*command, str(script), *arguments, "--run_dir", str(folder)], folder, env, cold)
 
 
-def start(command: list[str], folder: Path, env: dict[str, str] | None = None, cold: bool = False) -> Run:
-    """Runs `command` to its end; a Python command in a warm process (tests/warm.py), unless it has to be `cold`."""
+def start(
+    command: list[str], folder: Path, env: dict[str, str] | None = None, cold: bool = False, cwd: Path = ROOT
+) -> Run:
+    """Runs `command` in the folder `cwd` to its end.
+
+    A Python command runs in a warm process (tests/warm.py), unless it has to be `cold`.
+    """
     environment = clean_environment() | (env or {})
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary) / "output.txt"
-        process = (cold_popen if cold else popen)(command, ROOT, environment, output)
+        process = (cold_popen if cold else popen)(command, cwd, environment, output)
         try:
             code = process.wait(timeout=TIMEOUT)
         finally:

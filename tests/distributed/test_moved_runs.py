@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import DEBUG, ROOT, TIMEOUT, TRAIN, Run, without_clock
-from tests.warm import clean_environment, popen
+from tests.distributed.launching import DEBUG, ROOT, TRAIN, Run, start, without_clock
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 KEPT = ("--save_total_limit", "9", "--save_every", "1")
@@ -16,10 +15,8 @@ KEPT = ("--save_total_limit", "9", "--save_every", "1")
 def python(cwd: Path, *words: str) -> tuple[int, str]:
     """The exit code and the output of `python …` in the folder `cwd`."""
     cwd.mkdir(exist_ok=True)
-    output = cwd / "output.txt"
-    output.unlink(missing_ok=True)
-    code = popen([sys.executable, *words], cwd, clean_environment(), output).wait(timeout=TIMEOUT)
-    return code, output.read_text(encoding="utf-8", errors="replace")
+    run = start([sys.executable, *words], cwd, cwd=cwd)
+    return run.code, run.output
 
 
 @pytest.fixture(scope="module")
