@@ -64,7 +64,7 @@ def ours(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> Non
         assert len(window.micro_batches) == 1, "the figures count one micro-batch a step"
         turns.before_step()
         result = train_step(window, *rest)
-        losses.append(float(result.nlls.sum()) / window.num_label_tokens)
+        losses.append(float(result.nlls.sum()) / window.label_weight)
         turns.after_step(loss=mean_of(losses), **cost_of_step())
         return result
 
@@ -102,11 +102,11 @@ def bare(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> Non
             turns.before_step()
             with torch.autocast(device, torch.bfloat16):
                 nll = summed_nll(model, window.micro_batches[0].to(torch.device(device)))
-            (nll / window.num_label_tokens).backward()
+            (nll / window.label_weight).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            turns.after_step(loss=nll.item() / window.num_label_tokens)
+            turns.after_step(loss=nll.item() / window.label_weight)
 
 
 def cost_of_step() -> dict[str, float]:
@@ -148,12 +148,12 @@ def as_reference(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
     A row has 51 tokens, or more where prompts or answers are longer than the reference's.
     """
     source = max(SOURCE, *(len(example.prompt_ids) for example in examples))
-    target = max(TARGET, *(len(example.answer_ids) for example in examples))
+    target = max(TARGET, *(len(example.label_ids) for example in examples))
     rows = []
     for example in examples:
-        prompt, answer = source - len(example.prompt_ids), target - len(example.answer_ids)
-        ids = [*example.prompt_ids, *[PAD] * prompt, *example.answer_ids, *[PAD] * answer, PAD]
-        mask = [1] * len(example.prompt_ids) + [0] * prompt + [1] * len(example.answer_ids) + [0] * answer + [1]
+        prompt, answer = source - len(example.prompt_ids), target - len(example.label_ids)
+        ids = [*example.prompt_ids, *[PAD] * prompt, *example.label_ids, *[PAD] * answer, PAD]
+        mask = [1] * len(example.prompt_ids) + [0] * prompt + [1] * len(example.label_ids) + [0] * answer + [1]
         rows.append({"input_ids": ids, "attention_mask": mask, "labels": [-100] * source + ids[source:]})
     return rows
 
@@ -182,8 +182,8 @@ def trl(folder: Path, turns: Turns, checkpointing: str, more: list[str], packing
     datasets: Any = importlib.import_module("datasets")
     rows = [
         {
-            "input_ids": example.prompt_ids + example.answer_ids,
-            "completion_mask": [0] * len(example.prompt_ids) + [1] * len(example.answer_ids),
+            "input_ids": example.ids,
+            "completion_mask": [0] * len(example.prompt_ids) + [1] * len(example.label_ids),
         }
         for example in load_rows(folder)
     ]

@@ -71,7 +71,7 @@ def made_up_rows(count: int, vocab: int, shared: int, prompt: int, answer: int) 
         return [drawn.randrange(300, vocab) for _ in range(number)]
 
     system = ids(shared)
-    return [Example(row, system + ids(prompt), ids(answer)) for row in range(1, count + 1)]
+    return [Example.of(row, system + ids(prompt), ids(answer)) for row in range(1, count + 1)]
 
 
 def lora_config() -> LoraConfig:
@@ -97,10 +97,10 @@ def write_tiny(folder: Path) -> None:
 
 
 def write_rows(folder: Path, examples: Sequence[Example]) -> None:
-    rows = [{"row": e.row, "prompt": e.prompt_ids, "answer": e.answer_ids} for e in examples]
+    rows = [{"row": e.row, "prompt": e.prompt_ids, "answer": e.label_ids} for e in examples]
     (folder / "rows.json").write_text(json.dumps(rows))
 
 
 def load_rows(folder: Path) -> list[Example]:
     rows = json.loads((folder / "rows.json").read_text())
-    return [Example(row["row"], row["prompt"], row["answer"]) for row in rows]
+    return [Example.of(row["row"], row["prompt"], row["answer"]) for row in rows]

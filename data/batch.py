@@ -4,6 +4,7 @@ A *window* holds the rows that one optimizer step learns from. It has micro_batc
 num_processes rows; as long as this product stays the same, the same rows stand in the same window.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,8 @@ class Window:
     """One rank's share of the rows of an optimizer step, and the number of tokens on all ranks together."""
 
     micro_batches: list[MicroBatch]  # every rank has grad_accum_steps of them
-    num_label_tokens: int  # label tokens of all micro-batches of all ranks
-    num_tokens: int  # tokens of all rows of all ranks: prompts and answers as they stand in the rows, without padding
+    label_weight: float  # the weights of the labels of all ranks added up: without weights, the number of labels
+    num_tokens: int  # tokens of all rows of all ranks, without padding
 
 
 def num_windows(num_rows: int, rows_per_window: int) -> int:
@@ -56,9 +57,9 @@ def windows(
             collate(mine, layout, pad_token_id) if mine else stand_in(chosen[0], layout, pad_token_id)
             for mine in dealt[process_index::num_processes]
         ]
-        num_label_tokens = sum(len(example.answer_ids) for example in chosen)
-        num_prompt_tokens = sum(len(example.prompt_ids) for example in chosen)
-        yield Window(micro_batches, num_label_tokens, num_label_tokens + num_prompt_tokens)
+        weights = [(end - start) * weight for example in chosen for start, end, weight in example.spans]
+        # fsum rounds once, so that the order of the rows does not matter.
+        yield Window(micro_batches, math.fsum(weights), sum(example.length for example in chosen))
 
 
 def deal(
@@ -86,4 +87,4 @@ def deal(
 
 def empty_window(example: Example, grad_accum_steps: int, layout: Layout, pad_token_id: int) -> Window:
     """A window without a label: its loss and gradients are exactly zero."""
-    return Window([stand_in(example, layout, pad_token_id)] * grad_accum_steps, num_label_tokens=1, num_tokens=0)
+    return Window([stand_in(example, layout, pad_token_id)] * grad_accum_steps, label_weight=1.0, num_tokens=0)

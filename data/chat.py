@@ -97,7 +97,7 @@ def encode_batch(rows: Sequence[Row], template: ChatTemplate) -> list[Example | 
         elif text is None:
             examples.append(_encode_in_pieces(row, template))
         else:
-            examples.append(Example(row.number, *next(ids)))
+            examples.append(Example.of(row.number, *next(ids)))
     return examples
 
 
@@ -131,7 +131,7 @@ def prompt_ids(user: str, template: ChatTemplate) -> list[int]:
 def _encode_in_pieces(row: Row, template: ChatTemplate) -> Example:
     """Tokenizes what the template writes, and what the row says as plain text, in which no control token is seen."""
     answer = _ids_of_pieces([template.lead, *plain_parts(row.output, template.control), template.end], template)
-    return Example(row.number, prompt_ids(user_text(row), template), answer)
+    return Example.of(row.number, prompt_ids(user_text(row), template), answer)
 
 
 def _ids_of_pieces(pieces: Sequence[str], template: ChatTemplate) -> list[int]:

@@ -39,7 +39,7 @@ class Apart:
 class MicroBatch:
     """B rows of T tokens. Where `apart` is given there is one row, in which all examples stand.
 
-    labels holds the token ids of the answers, each in the place of its own token, and IGNORE_INDEX elsewhere.
+    labels holds the token ids that are learned, each in the place of its own token, and IGNORE_INDEX elsewhere.
     """
 
     input_ids: Tensor  # [B, T]
@@ -47,6 +47,7 @@ class MicroBatch:
     labels: Tensor  # [B, T]
     predicts: Tensor  # [N], the places (in the batch as B x T tokens in a line) of the tokens that stand before a label
     label_ids: Tensor  # [N], the labels themselves
+    label_weights: Tensor | None  # [N], fp32, what each weighs in the loss; None where each weighs 1
     attention_mask: Tensor | None  # [B, T], 0 on padding; None where there is no padding
     apart: Apart | None
     rows: list[int]  # row numbers in the data file; a stand-in has none
@@ -68,6 +69,8 @@ class MicroBatch:
         """The same micro-batch with all its tensors on `device`."""
         moved: dict[str, Any] = {name: value.to(device) for name, value in self.inputs.items()}
         moved |= {name: getattr(self, name).to(device) for name in ("labels", "predicts", "label_ids")}
+        if self.label_weights is not None:
+            moved["label_weights"] = self.label_weights.to(device)
         return replace(self, **moved)
 
 
@@ -82,13 +85,15 @@ def stand_in(example: Example, layout: Layout, pad_token_id: int) -> MicroBatch:
     """Makes a micro-batch whose loss and gradient are exactly zero, because its one example has no label."""
     batch = collate([example], layout, pad_token_id)
     labels = torch.full_like(batch.labels, IGNORE_INDEX)
-    return replace(batch, labels=labels, predicts=batch.predicts[:0], label_ids=batch.label_ids[:0], rows=[])
+    none: dict[str, Any] = {"predicts": batch.predicts[:0], "label_ids": batch.label_ids[:0], "label_weights": None}
+    return replace(batch, labels=labels, **none, rows=[])
 
 
 def shared_prefix(examples: Sequence[Example]) -> int:
     """The number of tokens with which all prompts begin; 0 for a single example.
 
-    The last token of a prompt is never counted: it predicts the first token of the answer, which is the example's own.
+    A prompt is what stands before an example's first label. Its last token is never counted: it predicts that label,
+    which is the example's own.
     """
     if len(examples) == 1:
         return 0
@@ -110,14 +115,14 @@ def _padded(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX)
     for i, (example, length) in enumerate(zip(examples, own, strict=True)):
-        input_ids[i, :length] = torch.tensor(example.prompt_ids + example.answer_ids)
+        input_ids[i, :length] = torch.tensor(example.ids)
         attention_mask[i, :length] = 1
-        labels[i, len(example.prompt_ids) : length] = torch.tensor(example.answer_ids)
+        labels[i, :length] = torch.tensor(_labels(example))
     return MicroBatch(
         input_ids=input_ids,
         position_ids=None,
         labels=labels,
-        **_predictions(labels),
+        **_predictions(labels, examples),
         attention_mask=attention_mask,
         apart=None,
         rows=[example.row for example in examples],
@@ -127,21 +132,20 @@ def _padded(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
 
 
 def _in_one_row(examples: Sequence[Example], prefix: int) -> MicroBatch:
-    ids, positions = examples[0].prompt_ids[:prefix], list(range(prefix))
+    ids, positions = examples[0].ids[:prefix], list(range(prefix))
     labels = [IGNORE_INDEX] * prefix
     own = []
     for example in examples:
-        prompt = example.prompt_ids[prefix:]
-        ids = ids + prompt + example.answer_ids
-        labels += [IGNORE_INDEX] * len(prompt) + example.answer_ids
-        own.append(len(prompt) + len(example.answer_ids))
-        positions += range(prefix, prefix + own[-1])
+        ids += example.ids[prefix:]
+        labels += _labels(example)[prefix:]
+        own.append(example.length - prefix)
+        positions += range(prefix, example.length)
     in_one_row = torch.tensor([labels])
     return MicroBatch(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
         labels=in_one_row,
-        **_predictions(in_one_row),
+        **_predictions(in_one_row, examples),
         attention_mask=None,
         apart=_apart(prefix, own),
         rows=[example.row for example in examples],
@@ -177,7 +181,20 @@ def _of_similar_length(own: Sequence[int]) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def _predictions(labels: Tensor) -> dict[str, Tensor]:
-    """The label ids, and the places of the tokens before them, which predict them and are of the same example."""
+def _labels(example: Example) -> list[int]:
+    """The example's tokens, with IGNORE_INDEX in the place of each that is no label."""
+    labels = [IGNORE_INDEX] * example.length
+    for start, end, _ in example.spans:
+        labels[start:end] = example.ids[start:end]
+    return labels
+
+
+def _predictions(labels: Tensor, examples: Sequence[Example]) -> dict[str, Any]:
+    """The label ids and their weights, and the places of the tokens before them, which predict them and are of the
+    same example."""
     places = (labels.flatten() != IGNORE_INDEX).nonzero().flatten()
-    return {"predicts": places - 1, "label_ids": labels.flatten()[places]}
+    spans = [span for example in examples for span in example.spans]
+    weights = None
+    if any(span.weight != 1 for span in spans):
+        weights = torch.tensor([span.weight for span in spans for _ in range(span.start, span.end)])
+    return {"predicts": places - 1, "label_ids": labels.flatten()[places], "label_weights": weights}

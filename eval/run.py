@@ -271,7 +271,7 @@ def _check_prompts(base: Any, rows: Sequence[Row], recipe: Recipe, max_new_token
     template = ChatTemplate(build_tokenizer(recipe), recipe.data.system_prompt)
     prompts = [prompt_ids(user_text(row), template) for row in rows]
     # The first token stands for each of the answer's.
-    examples = [Example(row.number, ids, ids[:1] * max_new_tokens) for row, ids in zip(rows, prompts, strict=True)]
+    examples = [Example.of(row.number, ids, ids[:1] * max_new_tokens) for row, ids in zip(rows, prompts, strict=True)]
     if warning := check_limits(base, [examples]):
         print(f"warning: {warning}.", flush=True)
 

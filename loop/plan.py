@@ -170,7 +170,7 @@ def measure_work(recipe: Recipe, base: Any, found: Findings) -> tuple[Work | Non
 def _as_long_as_allowed(recipe: Recipe, rows: int) -> list[Example]:
     """So many rows of max_length tokens."""
     answer = [0] * (recipe.data.max_length - 1)  # all rows share this list
-    return [Example(number, [0], answer) for number in range(1, rows + 1)]
+    return [Example.of(number, [0], answer) for number in range(1, rows + 1)]
 
 
 @exit_codes()

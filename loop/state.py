@@ -96,16 +96,16 @@ class Learner:
 class Interval:
     """What happened since the last log line. Losses stay on the device until a line is due."""
 
-    def __init__(self, device: torch.device, nll: float = 0.0, num_label_tokens: int = 0) -> None:
+    def __init__(self, device: torch.device, nll: float = 0.0, label_weight: float = 0.0) -> None:
         self.nll = torch.tensor(nll, device=device)  # nats, summed over this rank's label tokens
-        self.num_label_tokens = num_label_tokens  # over all ranks
+        self.label_weight = label_weight  # of the labels of all ranks, added up
         self.num_tokens = 0  # over all ranks, since `started`
         self.started = time.monotonic()
         self.logged = False  # True once a log line has told it; then nothing of it is left to be told
 
     def add(self, window: Window, result: StepResult) -> None:
         self.nll += result.nlls.sum()
-        self.num_label_tokens += window.num_label_tokens
+        self.label_weight += window.label_weight
         self.num_tokens += window.num_tokens
 
     def metrics(self, last: StepResult, accelerator: Accelerator) -> dict[str, float]:
@@ -114,7 +114,7 @@ class Interval:
         nll = accelerator.reduce(self.nll, reduction="sum")  # collective
         assert isinstance(nll, Tensor)
         return {
-            "train/loss": nll.item() / self.num_label_tokens,  # device sync
+            "train/loss": nll.item() / self.label_weight,  # device sync
             "train/lr": last.lr,
             "train/grad_norm": last.grad_norm,
             "train/tokens_per_second": self.num_tokens / (time.monotonic() - self.started),
@@ -140,11 +140,11 @@ class TrainState:
         """
         if checkpoint is None:
             return cls(0, 0, Interval(accelerator.device), None, run)
-        known: dict[str, Any] = checkpoint.state["interval"] or {"nlls": [0.0], "num_label_tokens": 0}
+        known: dict[str, Any] = checkpoint.state["interval"] or {"nlls": [0.0], "label_weight": 0.0}
         nlls: list[float] = known["nlls"]
         if len(nlls) != accelerator.num_processes:
             nlls = [sum(nlls)] + [0.0] * (accelerator.num_processes - 1)
-        interval = Interval(accelerator.device, nlls[accelerator.process_index], known["num_label_tokens"])
+        interval = Interval(accelerator.device, nlls[accelerator.process_index], known["label_weight"])
         return cls(checkpoint.step, checkpoint.updates, interval, checkpoint.state["val_loss"], run)
 
     def advance(self, window: Window, result: StepResult) -> None:
@@ -159,7 +159,7 @@ class TrainState:
         interval = None
         if not self.interval.logged:
             nlls: list[float] = gather_object([self.interval.nll.item()])  # collective
-            interval = {"nlls": nlls, "num_label_tokens": self.interval.num_label_tokens}
+            interval = {"nlls": nlls, "label_weight": self.interval.label_weight}
         return {
             "step": self.step,
             "updates": self.updates,

@@ -38,8 +38,8 @@ def train_step(
 ) -> StepResult:
     """Learns one window; every rank enters.
 
-    The loss is the mean cross entropy over the label tokens of the whole window, so every token weighs the same
-    however the rows fall into micro-batches and onto ranks. Each block below is a phase of usage.json.
+    The loss is the mean cross entropy over the label tokens of the whole window, each with its weight, so a token
+    weighs the same however the rows fall into micro-batches and onto ranks. Each block below is a phase of usage.json.
     """
     under_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     # Accelerate and DeepSpeed divide by the number of micro-batches; DDP and DeepSpeed average over the ranks.
@@ -51,7 +51,7 @@ def train_step(
         with accelerator.accumulate(model):  # sync_gradients is true in the last micro-batch of the window only
             with measured("forward"):
                 nll = summed_nll(model, micro_batch)  # cross entropy in nats, summed over label tokens
-                loss = nll / window.num_label_tokens * undo_averaging
+                loss = nll / window.label_weight * undo_averaging
             with measured("backward"):  # collective: the ranks' gradients are added up
                 if under_deepspeed:
                     model.set_gradient_accumulation_boundary(accelerator.sync_gradients)
@@ -76,13 +76,14 @@ def train_step(
 
 
 def summed_nll(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
-    """The cross entropy of a micro-batch in nats, summed over its label tokens; a scalar. Collective under ZeRO-3.
+    """The cross entropy of a micro-batch in nats, times its weight and summed over its label tokens; a scalar.
+    Collective under ZeRO-3.
 
     The model returns what these lines would:
 
         hidden = decoder(**inputs).last_hidden_state.flatten(0, 1)   # [B x T, hidden size]
         logits = lm_head(hidden[predicts]).float()                   # [N, vocab], for the N label tokens only
-        nll = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none") @ weights
 
     It computes them inside (loop/model/head.py), a few label tokens at a time, because the logits of a long answer
     over a vocabulary of 152,064 tokens do not fit into memory all at once.
@@ -91,6 +92,7 @@ def summed_nll(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
         **micro_batch.inputs,  # input_ids [B, T], and what the layout needs beside them
         predicts=micro_batch.predicts,  # [N], the places in B x T of the tokens that stand before a label
         labels=micro_batch.label_ids,  # [N]
+        weights=micro_batch.label_weights,  # [N], or None where each weighs 1
     )
     return nll
 
@@ -98,14 +100,14 @@ def summed_nll(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
 @measured("validate")
 @torch.no_grad()
 def validate(window_share: Iterable[Window], model: torch.nn.Module, accelerator: Accelerator) -> float:
-    """Mean cross entropy (nats) over all label tokens of all ranks' windows; every rank enters."""
+    """Mean cross entropy (nats) over all label tokens of all ranks' windows, with weights; every rank enters."""
     model.eval()
-    nll, num_label_tokens = torch.zeros((), device=accelerator.device), 0
+    nll, label_weight = torch.zeros((), device=accelerator.device), 0.0
     for window in window_share:
         for micro_batch in window.micro_batches:
             nll += summed_nll(model, micro_batch.to(accelerator.device))
-        num_label_tokens += window.num_label_tokens
+        label_weight += window.label_weight
     model.train()
     total = accelerator.reduce(nll, reduction="sum")  # collective
     assert isinstance(total, Tensor)
-    return total.item() / num_label_tokens
+    return total.item() / label_weight

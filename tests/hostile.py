@@ -425,7 +425,7 @@ CASES: dict[str, Case] = {
     "checkpoint: beyond the end": state("1000 steps are learned", step=1000, updates=1000),
     "checkpoint: more updates than steps": state("trainer_state.json", updates=5),
     "checkpoint: no account of its run": state("trainer_state.json", run="gone"),
-    "checkpoint: losses in words": state("trainer_state.json", interval={"nlls": "many", "num_label_tokens": 5}),
+    "checkpoint: losses in words": state("trainer_state.json", interval={"nlls": "many", "label_weight": 5}),
     "checkpoint: another model's adapter": retensor(
         "adapter_model.safetensors",
         lambda held: held.update({first(held): held[first(held)][:, :5].clone()}),

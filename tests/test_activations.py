@@ -19,7 +19,7 @@ from tests.reference_loop import TARGETS
 
 ROWS, TOKENS, LABELS = 3, 40, 12
 DROPOUT = 0.0  # because a GPU keeps masks of dropout and a CPU does not
-BATCH = collate([Example(row, [1] * (TOKENS - LABELS), [1] * LABELS) for row in range(ROWS)], "padded", 0)
+BATCH = collate([Example.of(row, [1] * (TOKENS - LABELS), [1] * LABELS) for row in range(ROWS)], "padded", 0)
 
 
 def adapted(device: str, dtype: torch.dtype) -> Any:
@@ -59,7 +59,7 @@ def test_saved_is_what_autograd_saves(how: str, dtype: torch.dtype) -> None:
         ids = torch.ones(ROWS, TOKENS, dtype=torch.long)
         hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         labels = torch.zeros(ROWS * LABELS, dtype=torch.long)
-        loss = LinearNLL.apply(hidden.flatten(0, 1)[: ROWS * LABELS], base.lm_head.weight, None, labels)  # type: ignore
+        loss = LinearNLL.apply(hidden.flatten(0, 1)[: ROWS * LABELS], base.lm_head.weight, None, labels, None)  # type: ignore
     planned = measure_step(adapted("meta", dtype), BATCH, how)
     assert planned.saved == pytest.approx(saved[0], rel=0.05)
     assert planned.peak > planned.saved

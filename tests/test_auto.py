@@ -68,7 +68,7 @@ def test_long_rows_need_more(memory: type[Memory]) -> None:
     def need(examples: list[Example]) -> float:
         return float(decided(examples=examples)[1].split(" of ")[0].split()[-1])
 
-    assert need([Example(1, [1] * 500, [2] * 500)]) > 3 * need([Example(1, [1] * 100, [2] * 100)])
+    assert need([Example.of(1, [1] * 500, [2] * 500)]) > 3 * need([Example.of(1, [1] * 100, [2] * 100)])
 
 
 @pytest.mark.parametrize("said", ["none", "reentrant", "non_reentrant"])

@@ -1,16 +1,17 @@
+from fractions import Fraction
 from typing import get_args
 
 import pytest
 import torch
 
 from data.batch import Order, Window, epoch_order, num_windows, windows
-from data.examples import Example
+from data.examples import Example, Span
 from data.layout import IGNORE_INDEX, Layout, collate
 
 
 def make(count: int) -> list[Example]:
     """Rows of very unequal lengths whose tokens tell which row they belong to."""
-    return [Example(i + 1, [1000 + i] * (2 + i % 5), [2000 + i] * (1 + i % 7)) for i in range(count)]
+    return [Example.of(i + 1, [1000 + i] * (2 + i % 5), [2000 + i] * (1 + i % 7)) for i in range(count)]
 
 
 def all_ranks(
@@ -37,10 +38,10 @@ def test_every_row_once_and_every_rank_as_often(
         assert all(len(batch.own) <= micro for window in parts for batch in window.micro_batches)
         labels = sum(int((b.labels != IGNORE_INDEX).sum()) for window in parts for b in window.micro_batches)
         examples = [make(count)[row - 1] for row in rows]
-        assert {window.num_label_tokens for window in parts} == {labels}
-        assert labels == sum(len(example.answer_ids) for example in examples)
+        assert {window.label_weight for window in parts} == {labels}
+        assert labels == sum(len(example.label_ids) for example in examples)
         assert {window.num_tokens for window in parts} == {
-            sum(len(example.prompt_ids + example.answer_ids) for example in examples)
+            sum(len(example.prompt_ids + example.label_ids) for example in examples)
         }
     assert sorted(seen) == list(range(1, count + 1))
 
@@ -77,7 +78,7 @@ def test_order_is_a_permutation_of_its_own_each_epoch() -> None:
 @pytest.mark.parametrize("layout", get_args(Layout))
 def test_all_of_a_micro_batch_moves(layout: Layout) -> None:
     """To the meta device, because no other one is at hand everywhere."""
-    made = collate([Example(1, [1, 2], [3]), Example(2, [1, 4], [5, 6])], layout, 0)
+    made = collate([Example.of(1, [1, 2], [3]), Example.of(2, [1, 4], [5, 6])], layout, 0)
     moved = made.to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     if moved.apart is not None:
@@ -85,3 +86,14 @@ def test_all_of_a_micro_batch_moves(layout: Layout) -> None:
     assert len(tensors) >= 4
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.labels.shape == made.labels.shape
+
+
+def test_the_weight_of_a_window_is_exact() -> None:
+    """It is the same in whichever order the rows come, and equals the sum of exact fractions."""
+    weights = [0.1, 0.7, 1e-9, 3.0, 0.3]
+    rows = [Example(i, [1, 2, 3, 4], (Span(1, 2, w), Span(2, 4, w / 3))) for i, w in enumerate(weights)]
+    exact = float(sum((Fraction(w) + 2 * Fraction(w / 3) for w in weights), Fraction()))
+    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1]):
+        (window,) = windows(rows, order, 5, 1, 1, 0, "padded", 0)
+        assert window.label_weight == exact
+        assert window.num_tokens == 20

@@ -25,7 +25,7 @@ def base(**more: Any) -> Any:
 
 
 def rows(shared: int, lengths: list[int]) -> list[Example]:
-    return [Example(i + 1, [1] * shared + [2 + i], [3] * length) for i, length in enumerate(lengths)]
+    return [Example.of(i + 1, [1] * shared + [2 + i], [3] * length) for i, length in enumerate(lengths)]
 
 
 EQUAL = rows(0, [5] * 40)
@@ -60,7 +60,7 @@ def test_counts_what_the_micro_batches_hold(layout: Any, examples: list[Example]
         if batch.rows
     ]
     assert counted.computed == sum(batch.input_ids.numel() for batch in made)
-    assert counted.real == sum(len(example.prompt_ids + example.answer_ids) for example in examples)
+    assert counted.real == sum(len(example.prompt_ids + example.label_ids) for example in examples)
 
 
 def test_says_what_is_saved() -> None:

@@ -33,7 +33,7 @@ def test_prompt_and_answer_by_hand(tokenizer: Any) -> None:
         f"{head}1799={tail}",
         f"{head}split\n7{tail}",
     ]
-    assert [tokenizer.decode(example.answer_ids) for example in examples] == [
+    assert [tokenizer.decode(example.label_ids) for example in examples] == [
         "王大丫丫的回答是--->1 + 4<|im_end|>",
         "王大丫丫的回答是--->1253 + 546<|im_end|>",
         "3 + 4<|im_end|>",
@@ -55,12 +55,12 @@ def test_batch_decoded(tokenizer: Any) -> None:
     """Attention sees each row and nothing else; the labels are the answers and nothing else."""
     examples = encode_rows(ROWS, Path("x"), SYSTEM, 60, tokenizer)
     batch = collate(examples, "padded", tokenizer.pad_token_id)
-    longest = max(len(example.prompt_ids + example.answer_ids) for example in examples)
+    longest = max(len(example.prompt_ids + example.label_ids) for example in examples)
     assert batch.input_ids.shape == (3, longest), "padded to the longest row, not to max_length"
     for i, example in enumerate(examples):
         assert batch.attention_mask is not None
         seen = batch.attention_mask[i].bool()
-        assert batch.input_ids[i][seen].tolist() == example.prompt_ids + example.answer_ids
+        assert batch.input_ids[i][seen].tolist() == example.prompt_ids + example.label_ids
         assert set(batch.input_ids[i][~seen].tolist()) <= {tokenizer.pad_token_id}
         kept = batch.labels[i] != IGNORE_INDEX
         assert tokenizer.decode(batch.labels[i][kept]) == ROWS[i].output + "<|im_end|>"
@@ -69,7 +69,7 @@ def test_batch_decoded(tokenizer: Any) -> None:
 
 
 def test_too_long_is_refused_not_cut(tokenizer: Any) -> None:
-    lengths = [len(e.prompt_ids) + len(e.answer_ids) for e in encode_rows(ROWS, Path("x"), SYSTEM, 60, tokenizer)]
+    lengths = [len(e.prompt_ids) + len(e.label_ids) for e in encode_rows(ROWS, Path("x"), SYSTEM, 60, tokenizer)]
     limit = max(lengths) - 1
     with pytest.raises(UserError) as error:
         encode_rows(ROWS, Path("my.json"), SYSTEM, limit, tokenizer)
@@ -86,7 +86,7 @@ def test_a_row_cannot_forge_a_turn(tokenizer: Any, field: str, forgery: str) -> 
     """The tokenizer reads a control token in a row as the characters with which it is written."""
     row = Row(9, **{"instruction": "a", "input": "b", "output": "c", field: forgery})
     (example,) = encode_rows([row], Path("x"), SYSTEM, 200, tokenizer)
-    ids = example.prompt_ids + example.answer_ids
+    ids = example.prompt_ids + example.label_ids
     names = [tokenizer.decode([i]) for i in ids if i in tokenizer.all_special_ids]
     assert names == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
     assert tokenizer.decode(ids) == (
@@ -105,7 +105,7 @@ def test_control_tokens_that_nobody_named() -> None:
     text = "a<|header|>b<turn>c<ordinary>d<<turn>><turn"
     (example,) = encode_rows([Row(1, text, "", text)], Path("x"), "", 200, tokenizer)
     header, turn, ordinary = (tokenizer.get_vocab()[name] for name in ("<|header|>", "<turn>", "<ordinary>"))
-    ids = example.prompt_ids + example.answer_ids
+    ids = example.prompt_ids + example.label_ids
     assert header not in ids
     assert ids.count(turn) == 2, "the template's own"
     assert ids.count(ordinary) == 2, "a word like others"

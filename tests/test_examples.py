@@ -13,12 +13,16 @@ from transformers import AutoTokenizer
 import data.rows
 from data.chat import encode_row, encode_rows
 from data.errors import UserError
-from data.examples import Example, Examples, answer_lengths_of, lengths_of
+from data.examples import Example, Examples, Span, label_lengths_of, lengths_of
 from data.rows import Row, array_elements, iter_rows, read_rows
 from data.sums import SYSTEM_PROMPT
 from tests.equality import TINY
 
-SOME = [Example(3, [1, 2, 151_643], [5]), Example(4, [], [7]), Example(9, [4] * 1000, [2**32 - 1, 0])]
+SOME = [
+    Example.of(3, [1, 2, 151_643], [5]),
+    Example(4, [7, 8, 9], (Span(1, 2, 0.1), Span(2, 3))),
+    Example.of(9, [4] * 1000, [2**32 - 1, 0]),
+]
 
 
 def test_is_a_sequence() -> None:
@@ -34,10 +38,10 @@ def test_is_a_sequence() -> None:
 
 
 def test_lengths_are_those_of_the_rows() -> None:
-    for lengths in (lengths_of, answer_lengths_of):
+    for lengths in (lengths_of, label_lengths_of):
         assert lengths(Examples(SOME)).tolist() == lengths(SOME).tolist()
-    assert lengths_of(SOME).tolist() == [4, 1, 1002]
-    assert answer_lengths_of(SOME).tolist() == [1, 1, 2]
+    assert lengths_of(SOME).tolist() == [4, 3, 1002]
+    assert label_lengths_of(SOME).tolist() == [1, 2, 2]
 
 
 def test_no_room_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from loop.model.build import set_checkpointing
 from tests.equality import TINY
 from tests.reference_loop import TARGETS
 
-ROWS = [Example(1, [1, 2, 3], [4, 5]), Example(2, [1, 2, 9, 9], [5]), Example(3, [1, 2, 9], [7, 7, 7])]
+ROWS = [Example.of(1, [1, 2, 3], [4, 5]), Example.of(2, [1, 2, 9, 9], [5]), Example.of(3, [1, 2, 9], [7, 7, 7])]
 
 
 def test_counts_real_tokens_only() -> None:

@@ -1,6 +1,7 @@
 """The loss inside the model: it is PyTorch's cross entropy, makes few logits, and keeps each model's own way."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
     "use_cache": False,
 }
-ROWS = [Example(1, [1, 2, 3, 4], [5, 6]), Example(2, [1, 2, 9], [7] * 30), Example(3, [1, 2, 8, 8, 8, 8], [9])]
+ROWS = [Example.of(1, [1, 2, 3, 4], [5, 6]), Example.of(2, [1, 2, 9], [7] * 30), Example.of(3, [1, 2, 8, 8, 8, 8], [9])]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -49,7 +50,7 @@ def test_is_cross_entropy(bias: bool, at_once: int, monkeypatch: pytest.MonkeyPa
     b = torch.randn(30, dtype=torch.float64) if bias else None
     expected = cross_entropy(torch.nn.functional.linear(hidden, weight, b), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(3 * expected, hidden)
-    found = LinearNLL.apply(hidden, weight, b, labels)  # type: ignore[no-untyped-call]
+    found = LinearNLL.apply(hidden, weight, b, labels, None)  # type: ignore[no-untyped-call]
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(torch.autograd.grad(3 * found, hidden)[0], gradient, rtol=1e-5, atol=1e-6)
 
@@ -62,7 +63,7 @@ def test_small_probabilities_survive_fp16() -> None:
     exact = hidden.clone().requires_grad_()
     cross_entropy(exact @ weight.half().float().T, labels, reduction="sum").backward()
     half = hidden.half().requires_grad_()
-    LinearNLL.apply(half, weight.half(), None, labels).backward()  # type: ignore[no-untyped-call]
+    LinearNLL.apply(half, weight.half(), None, labels, None).backward()  # type: ignore[no-untyped-call]
     assert half.grad is not None
     torch.testing.assert_close(half.grad.float(), exact.grad, rtol=5e-3, atol=5e-3)
 
@@ -117,8 +118,9 @@ def build(name: str, config: Any) -> Any:
     return AutoModelForCausalLM.from_config(config(**SIZES | MORE.get(name, {})), dtype=torch.float32)
 
 
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 0.0, 1.0]])
 @pytest.mark.parametrize("name", PLAIN | OTHER)
-def test_any_model_keeps_its_own_loss(name: str) -> None:
+def test_any_model_keeps_its_own_loss(name: str, weights: list[float] | None) -> None:
     """Loss and gradients are those of the logits that the model itself gives, whatever it makes of lm_head's output."""
     base = build(name, (PLAIN | OTHER)[name])
     assert has_plain_head(base) == (name in PLAIN)
@@ -127,8 +129,12 @@ def test_any_model_keeps_its_own_loss(name: str) -> None:
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     batch = collate(ROWS, "padded", 0)
+    if weights is not None:  # repeated, so that each label has one
+        label_weights = torch.tensor(weights).repeat(len(batch.label_ids))[: len(batch.label_ids)]
+        batch = replace(batch, label_weights=label_weights)
     logits = model.get_base_model()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    expected = cross_entropy(logits.flatten(0, 1)[batch.predicts], batch.label_ids, reduction="sum")
+    nlls = cross_entropy(logits.flatten(0, 1)[batch.predicts], batch.label_ids, reduction="none")
+    expected = nlls.sum() if weights is None else (nlls * label_weights).sum()
     expected.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()

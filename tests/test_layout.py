@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data.examples import Example
+from data.examples import Example, Span
 from data.layout import IGNORE_INDEX, Apart, Layout, collate, shared_prefix, stand_in
 from loop.model.build import add_adapters, set_checkpointing, set_layout
 from loop.recipe import parse_recipe
@@ -28,7 +28,7 @@ def unequal_rows() -> list[Example]:
     def ids(count: int) -> list[int]:
         return torch.randint(20, 150, (count,), generator=generator).tolist()
 
-    return [Example(i + 1, SYSTEM + ids(prompt), ids(answer)) for i, (prompt, answer) in enumerate(LENGTHS)]
+    return [Example.of(i + 1, SYSTEM + ids(prompt), ids(answer)) for i, (prompt, answer) in enumerate(LENGTHS)]
 
 
 def adapted(layout: Layout, checkpointing: str = "none") -> Any:
@@ -59,12 +59,13 @@ def by_itself(examples: list[Example]) -> tuple[float, dict[str, Tensor]]:
     base = model.get_base_model()
     total = torch.zeros((), dtype=torch.float64)
     for example in examples:
-        ids = torch.tensor([example.prompt_ids + example.answer_ids])
+        ids = torch.tensor([example.ids])
         hidden = base.model(input_ids=ids).last_hidden_state
         logits = hidden @ base.lm_head.weight.T
         log_probabilities = logits.log_softmax(-1)[0]
-        for place in range(len(example.prompt_ids), ids.shape[1]):
-            total = total - log_probabilities[place - 1, ids[0, place]]
+        for start, end, weight in example.spans:
+            for place in range(start, end):
+                total = total - weight * log_probabilities[place - 1, ids[0, place]]
     total.backward()
     return total.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
@@ -82,6 +83,25 @@ def test_is_each_row_by_itself(layout: Layout, checkpointing: str) -> None:
         assert difference < 1e-5, name
 
 
+@pytest.mark.parametrize("weights", [(1.0,) * 5, (1.0, 0.5, 2.0, 0.125, 3.0)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_five_turns_of_a_row_are_five_rows(layout: Layout, weights: tuple[float, ...]) -> None:
+    """A conversation with five spans of labels, against a row for each turn that ends with this turn's labels.
+
+    Another row stands beside the conversation, so that there is something to keep apart.
+    """
+    ids = unequal_rows()[-1].ids
+    ends = [20, 37, 41, 90, len(ids)]
+    spans = [Span(end - length, end, w) for end, length, w in zip(ends, (9, 3, 1, 30, 20), weights, strict=True)]
+    other = Example.of(2, [*SYSTEM, 99, 98], [97, 96, 95])
+    expected, expected_gradients = by_itself([Example(1, ids[: span.end], (span,)) for span in spans] + [other])
+    found, gradients = loss_and_gradients(adapted(layout), [Example(1, ids, tuple(spans)), other], layout)
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name, gradient in gradients.items():
+        difference = (gradient.double() - expected_gradients[name]).norm() / expected_gradients[name].norm()
+        assert difference < 1e-5, name
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nothing_leaks(layout: Layout) -> None:
     """Row i's answer and own prompt changed: not a bit of any other row's loss may change."""
@@ -92,7 +112,7 @@ def test_nothing_leaks(layout: Layout) -> None:
         """The loss of each row, in a batch of all rows of which only that row has labels."""
         batch = collate(rows, layout, pad_token_id=0)
         result = []
-        bounds = torch.tensor([0] + [len(example.answer_ids) for example in rows]).cumsum(0)
+        bounds = torch.tensor([0] + [len(example.label_ids) for example in rows]).cumsum(0)
         for start, end in pairwise(bounds):
             only = replace(batch, predicts=batch.predicts[start:end], label_ids=batch.label_ids[start:end])
             result.append(summed_nll(model, only).item())
@@ -103,7 +123,7 @@ def test_nothing_leaks(layout: Layout) -> None:
         planted = list(examples)
         old = examples[changed]
         prompt = SYSTEM + [(token + 1) % 150 for token in old.prompt_ids[len(SYSTEM) :]]
-        planted[changed] = Example(old.row, prompt, [(token + 3) % 150 for token in old.answer_ids])
+        planted[changed] = Example.of(old.row, prompt, [(token + 3) % 150 for token in old.label_ids])
         after = losses(planted)
         assert after[changed] != before[changed]
         assert [a for i, a in enumerate(after) if i != changed] == [b for i, b in enumerate(before) if i != changed]
@@ -126,7 +146,7 @@ def test_a_model_that_is_not_told_is_stopped() -> None:
 
 
 def test_padded_by_hand() -> None:
-    batch = collate([Example(1, [5, 6], [7, 8]), Example(2, [9], [3])], "padded", pad_token_id=0)
+    batch = collate([Example.of(1, [5, 6], [7, 8]), Example.of(2, [9], [3])], "padded", pad_token_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 3, 0, 0]]
     assert batch.attention_mask is not None
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
@@ -138,7 +158,7 @@ def test_padded_by_hand() -> None:
 
 
 def test_packed_by_hand() -> None:
-    batch = collate([Example(1, [5, 6], [7, 8]), Example(2, [9], [3])], "packed", pad_token_id=0)
+    batch = collate([Example.of(1, [5, 6], [7, 8]), Example.of(2, [9], [3])], "packed", pad_token_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 3]]
     assert batch.position_ids is not None
     assert batch.apart is not None
@@ -150,7 +170,7 @@ def test_packed_by_hand() -> None:
 
 
 def test_shared_prefix_by_hand() -> None:
-    rows = [Example(1, [5, 6, 1, 2], [7]), Example(2, [5, 6, 1], [8, 9])]
+    rows = [Example.of(1, [5, 6, 1, 2], [7]), Example.of(2, [5, 6, 1], [8, 9])]
     batch = collate(rows, "shared_prefix", pad_token_id=0)
     assert batch.prefix == 2, "the second row's last prompt token is its own: it predicts its answer"
     assert batch.input_ids.tolist() == [[5, 6, 1, 2, 7, 1, 8, 9]]
@@ -163,10 +183,10 @@ def test_shared_prefix_by_hand() -> None:
 
 
 def test_prefix_is_found_in_the_tokens() -> None:
-    assert shared_prefix([Example(1, [1, 2, 3, 4], [5]), Example(2, [1, 2, 9, 4], [5])]) == 2
-    assert shared_prefix([Example(1, [1, 2, 3], [5]), Example(2, [7, 2, 3], [5])]) == 0
-    assert shared_prefix([Example(1, [1, 2, 3], [5])] * 2) == 2
-    assert shared_prefix([Example(1, [1, 2, 3], [5])]) == 0
+    assert shared_prefix([Example.of(1, [1, 2, 3, 4], [5]), Example.of(2, [1, 2, 9, 4], [5])]) == 2
+    assert shared_prefix([Example.of(1, [1, 2, 3], [5]), Example.of(2, [7, 2, 3], [5])]) == 0
+    assert shared_prefix([Example.of(1, [1, 2, 3], [5])] * 2) == 2
+    assert shared_prefix([Example.of(1, [1, 2, 3], [5])]) == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

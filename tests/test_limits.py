@@ -29,7 +29,7 @@ def on_meta(config: Any) -> Any:
 
 
 def row(length: int, token: int = 5) -> Example:
-    return Example(7, [token] * (length - 1), [token])
+    return Example.of(7, [token] * (length - 1), [token])
 
 
 LEARNED = {
@@ -48,7 +48,7 @@ def test_a_row_beyond_learned_positions_is_refused(kind: str) -> None:
     with pytest.raises(UserError, match="longest row has 65 tokens, but the model was made for 64, and it has no"):
         check_limits(on_meta(config), [[row(3)], [row(65)]])
     model = AutoModelForCausalLM.from_config(config)
-    model(input_ids=torch.tensor([row(64).prompt_ids + row(64).answer_ids]))
+    model(input_ids=torch.tensor([row(64).prompt_ids + row(64).label_ids]))
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, 65), 5), position_ids=torch.arange(65)[None])
 
@@ -110,7 +110,7 @@ def test_a_model_that_names_no_limit_has_none() -> None:
 def test_a_token_without_an_embedding_is_refused_and_others_are_not() -> None:
     base = random_model("llama").to("meta")
     assert check_limits(base, [[row(5, token=99)]]) is None
-    for rows in ([row(5), Example(12, [1, 100], [3])], Examples([row(5), Example(12, [1], [3, 100])])):
+    for rows in ([row(5), Example.of(12, [1, 100], [3])], Examples([row(5), Example.of(12, [1], [3, 100])])):
         with pytest.raises(UserError, match=r"row 12 has a token with the id 100, but .* has embeddings for 100"):
             check_limits(base, [rows])
 
@@ -161,16 +161,16 @@ def test_where_every_layer_is_reached_none_is_left_out() -> None:
 
 def test_the_hash_of_rows_is_that_of_their_tokens() -> None:
     """Independent of where the rows lie; row numbers do not change it, and any token does."""
-    rows = [Example(1, [1, 2], [3]), Example(2, [4], [5, 6]), Example(3, [7], [8])]
+    rows = [Example.of(1, [1, 2], [3]), Example.of(2, [4], [5, 6]), Example.of(3, [7], [8])]
     kept = Examples(rows)
     assert sha256_of(kept) == sha256_of(rows)
     assert sha256_of(kept, 2) == sha256_of(rows[:2]) == sha256_of(Examples(rows[:2]))
-    assert sha256_of([Example(9, *([e.prompt_ids, e.answer_ids])) for e in rows]) == sha256_of(rows)
+    assert sha256_of([Example.of(9, *([e.prompt_ids, e.label_ids])) for e in rows]) == sha256_of(rows)
     others = [
         rows[::-1],
         rows[:2],
-        [Example(1, [1], [2, 3]), *rows[1:]],
-        [Example(1, [1, 2, 3], [4]), Example(2, [5, 6], [7]), rows[2]],
+        [Example.of(1, [1], [2, 3]), *rows[1:]],
+        [Example.of(1, [1, 2, 3], [4]), Example.of(2, [5, 6], [7]), rows[2]],
     ]
     assert len({sha256_of(rows), *map(sha256_of, others)}) == 1 + len(others)
     assert Examples(rows).largest_id == 8

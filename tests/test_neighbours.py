@@ -37,7 +37,7 @@ def rows() -> list[Example]:
         return torch.randint(5, 95, (count,), generator=generator).tolist()
 
     shared = ids(6)
-    return [Example(i + 1, shared + ids(prompt), ids(answer)) for i, (prompt, answer) in enumerate(LENGTHS)]
+    return [Example.of(i + 1, shared + ids(prompt), ids(answer)) for i, (prompt, answer) in enumerate(LENGTHS)]
 
 
 def random_model(kind: str, **more: Any) -> Any:

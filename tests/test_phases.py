@@ -74,7 +74,7 @@ def test_a_step_lasts_from_its_data_to_its_update(account: Account, clock: Clock
     def windows() -> Iterator[Window]:
         for seconds in (1, 2):
             clock.tick(seconds)
-            yield Window([], num_label_tokens=1, num_tokens=1)
+            yield Window([], label_weight=1, num_tokens=1)
 
     for _ in account.steps(windows()):
         for phase, seconds in (("forward", 10), ("backward", 20), ("update", 40)):
@@ -161,7 +161,7 @@ def test_a_step_goes_through_its_phases(account: Account, clock: Clock) -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
     model, optimizer = accelerator.prepare(Model(), Optimizer([weight], lr=0.1))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, lambda step: 1.0)
-    window = Window([collate([Example(1, [1], [2])], "padded", 0)] * 3, num_label_tokens=3, num_tokens=6)
+    window = Window([collate([Example.of(1, [1], [2])], "padded", 0)] * 3, label_weight=3, num_tokens=6)
     for each in account.steps([window, window]):
         train_step(each, model, optimizer, schedule, 1.0, accelerator)
     learned = STEP_PHASES[1:]  # the phases after "data", in which train_step does nothing

@@ -22,7 +22,7 @@ from loop.saving.resume import check_resumable, fingerprint, keep_decisions
 from tests.hostile import TINY, flip_bit
 
 DEBUG = DEFAULT_RECIPE.with_name("debug.yaml")
-DATA = Data([Example(1, [1, 2], [3])], [], 0)
+DATA = Data([Example.of(1, [1, 2], [3])], [], 0)
 
 
 def hash_of(folder: Path, *arguments: str) -> str:
@@ -133,14 +133,14 @@ def resumed(
     return said.getvalue()
 
 
-SEVEN = [Example(number, [number], [number, 9]) for number in range(1, 8)]
-EIGHTH = Example(8, [3, 4], [5])
+SEVEN = [Example.of(number, [number], [number, 9]) for number in range(1, 8)]
+EIGHTH = Example.of(8, [3, 4], [5])
 
 
 def test_other_tokens_of_the_same_file_are_another_run() -> None:
     """The chat template may write today's date, or the labels may be made in another way by now."""
     with pytest.raises(UserError, match="its rows become other tokens than then"):
-        resumed(SEVEN, [*SEVEN[:6], Example(7, [7], [8, 9])], same_file=True)
+        resumed(SEVEN, [*SEVEN[:6], Example.of(7, [7], [8, 9])], same_file=True)
 
 
 def test_more_epochs_or_rows_go_on_and_say_what_that_is() -> None:
@@ -163,7 +163,7 @@ def test_rows_that_were_changed_are_refused() -> None:
 
 def test_the_same_rows_in_another_file_are_the_same_run() -> None:
     """The file was written in another way, with the same rows in it; that needs no note."""
-    again = [Example(row.row + 100, row.prompt_ids, row.answer_ids) for row in SEVEN]
+    again = [Example.of(row.row + 100, row.prompt_ids, row.label_ids) for row in SEVEN]
     assert resumed(SEVEN, again) == ""
 
 

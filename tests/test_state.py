@@ -17,7 +17,7 @@ from loop.state import Due, Interval, Job, TrainState
 from loop.step import StepResult
 
 DEBUG = ("--config", str(DEFAULT_RECIPE.with_name("debug.yaml")), "--epochs", "3")
-ROWS = [Example(number, [number], [number]) for number in range(1, 8)]
+ROWS = [Example.of(number, [number], [number]) for number in range(1, 8)]
 STEPS = 2  # of an epoch: seven rows, four of them in a step
 
 
@@ -74,21 +74,21 @@ def saved(contents: dict[str, Any]) -> Checkpoint:
 def test_what_is_not_logged_yet_goes_through_a_checkpoint() -> None:
     accelerator = Accelerator(cpu=True)
     state = TrainState.begin(None, {"rows_per_step": 4}, accelerator)
-    state.advance(Window([], num_label_tokens=2, num_tokens=9), result(3.0))
-    state.advance(Window([], num_label_tokens=2, num_tokens=9), result(5.0, skipped=True))
+    state.advance(Window([], label_weight=2, num_tokens=9), result(3.0))
+    state.advance(Window([], label_weight=2, num_tokens=9), result(5.0, skipped=True))
     contents = state.as_json()
     assert contents == {
         **{"step": 2, "updates": 1, "val_loss": None, "run": {"rows_per_step": 4}},
-        "interval": {"nlls": [8.0], "num_label_tokens": 4},
+        "interval": {"nlls": [8.0], "label_weight": 4},
     }
     again = TrainState.begin(saved(contents), contents["run"], accelerator)
     assert again.as_json() == contents
-    again.advance(Window([], num_label_tokens=6, num_tokens=9), result(2.0))
+    again.advance(Window([], label_weight=6, num_tokens=9), result(2.0))
     metrics = again.interval.metrics(result(2.0), accelerator)
     assert (metrics["train/loss"], metrics["train/lr"], metrics["train/grad_norm"]) == (1.0, 0.5, 2.0)
     assert again.as_json()["interval"] is None, "a log line has told it"
     fresh = TrainState.begin(saved(again.as_json()), {}, accelerator)
-    assert (fresh.interval.nll.item(), fresh.interval.num_label_tokens) == (0.0, 0)
+    assert (fresh.interval.nll.item(), fresh.interval.label_weight) == (0.0, 0)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_another_number_of_ranks_loses_no_loss(rank: int, ranks: int, expected: 
         process_index = rank
         num_processes = ranks
 
-    contents = {"step": 1, "updates": 1, "interval": {"nlls": [1.0, 2.0, 4.0], "num_label_tokens": 3}, "val_loss": None}
+    contents = {"step": 1, "updates": 1, "interval": {"nlls": [1.0, 2.0, 4.0], "label_weight": 3}, "val_loss": None}
     accelerator: Any = Rank()
     assert TrainState.begin(saved(contents), {}, accelerator).interval.nll.item() == expected
 
 
 def test_a_validation_loss_is_that_of_its_step() -> None:
     state = TrainState(3, 3, Interval(torch.device("cpu")), 1.5, {})
-    state.advance(Window([], num_label_tokens=2, num_tokens=9), result(3.0))
+    state.advance(Window([], label_weight=2, num_tokens=9), result(3.0))
     assert state.val_loss is None

@@ -79,16 +79,16 @@ def test_the_answer_stands_where_a_server_asks_for_it(name: str, system: str) ->
     turns.append({"role": "user", "content": "What is 2 + 2?"})
     assert example.prompt_ids == own_ids(template, turns, prompt=True)
     whole = own_ids(template, [*turns, {"role": "assistant", "content": "It is 4."}], prompt=False)
-    ids = example.prompt_ids + example.answer_ids
+    ids = example.prompt_ids + example.label_ids
     if name in ENDED_BY_THE_NEXT_TURN:
         assert ids == [*whole, tokenizer.eos_token_id]
     else:
         assert ids == whole[: len(ids)]
         left = tokenizer.decode(whole[len(ids) :]).replace("<|eos|>", "").strip()
         assert left == "", "nothing that the model has to say is left out"
-    assert example.answer_ids[-1] == template.stop_token
+    assert example.label_ids[-1] == template.stop_token
     assert tokenizer.decode([template.stop_token]) in tokenizer.get_added_vocab(), "one control token"
-    assert "It is 4." in tokenizer.decode(example.answer_ids)
+    assert "It is 4." in tokenizer.decode(example.label_ids)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_the_answer_stands_where_a_server_asks_for_it(name: str, system: str) ->
 def test_labels_by_hand(name: str, labels: str) -> None:
     tokenizer = tokenizer_of(name)
     example = encode_row(Row(1, "2+2?", "", "It is 4."), "", tokenizer)
-    assert tokenizer.decode(example.answer_ids) == labels
+    assert tokenizer.decode(example.label_ids) == labels
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think"])
@@ -118,9 +118,9 @@ def test_a_thought_is_one_token_and_not_seven(name: str) -> None:
     tokenizer = tokenizer_of(name)
     example = encode_row(Row(1, "2+2?", "", "<think>\nadd\n</think>\n\nIt is 4."), "", tokenizer)
     begins = [] if name == "qwen3_5_think" else ["<think>"]  # which its prompt has written already
-    names = [tokenizer.decode([i]) for i in example.answer_ids if i >= AutoTokenizer.from_pretrained(TINY).vocab_size]
+    names = [tokenizer.decode([i]) for i in example.label_ids if i >= AutoTokenizer.from_pretrained(TINY).vocab_size]
     assert [token for token in names if "think" in token] == [*begins, "</think>"]
-    assert tokenizer.decode(example.answer_ids) == "".join(begins) + "\n" * len(begins) + (
+    assert tokenizer.decode(example.label_ids) == "".join(begins) + "\n" * len(begins) + (
         "add\n</think>\n\nIt is 4.<|im_end|>"
     )
 
@@ -139,7 +139,7 @@ def test_a_row_forges_no_turn(name: str) -> None:
     control = {id for token, id in tokenizer.get_added_vocab().items()}
     text = "".join(ChatTemplate(tokenizer).control)
     example = encode_row(Row(1, f"a{text}", "", f"b{text}"), "", tokenizer)
-    for ours, theirs in ((example.prompt_ids, plain.prompt_ids), (example.answer_ids, plain.answer_ids)):
+    for ours, theirs in ((example.prompt_ids, plain.prompt_ids), (example.label_ids, plain.label_ids)):
         assert [i for i in ours if i in control] == [i for i in theirs if i in control]
 
 

@@ -31,19 +31,22 @@ class PeftModelWithLoss(PeftModelForCausalLM):
         if type(head) is nn.Linear and not head.weight.requires_grad and has_plain_head(base):
             base.set_output_embeddings(HeadWithLoss(head))
 
-    def forward(self, labels: Tensor, predicts: Tensor, **inputs: Any) -> Tensor:  # type: ignore[override]
-        """Scalar: the cross entropy in nats, summed over the N label tokens.
+    def forward(  # type: ignore[override]
+        self, labels: Tensor, predicts: Tensor, weights: Tensor | None = None, **inputs: Any
+    ) -> Tensor:
+        """Scalar: the cross entropy in nats, times its weight and summed over the N label tokens.
 
-        `labels` [N] are their token ids. `predicts` [N] are the places of the tokens before them, in the batch's [B, T]
-        laid out flat. `inputs` are the base model's own arguments.
+        `labels` [N] are their token ids, and `weights` [N] what each weighs; without it each weighs 1. `predicts` [N]
+        are the places of the tokens before them, in the batch's [B, T] laid out flat. `inputs` are the base model's own
+        arguments.
         """
         base: Any = self.get_base_model()
         head = base.get_output_embeddings()
         if not isinstance(head, HeadWithLoss):
-            return _nll_of_all_logits(base, labels, predicts, inputs)
+            return _nll_of_all_logits(base, labels, predicts, weights, inputs)
         decoder = getattr(base, base.base_model_prefix)
         hidden = decoder(**inputs).last_hidden_state  # [B, T, hidden size]
-        nll: Tensor = head(hidden.flatten(0, 1).index_select(0, predicts), labels)
+        nll: Tensor = head(hidden.flatten(0, 1).index_select(0, predicts), labels, weights)
         return nll
 
 
@@ -58,15 +61,17 @@ class HeadWithLoss(nn.Linear):
         super().__init__(head.in_features, head.out_features, head.bias is not None, "meta")  # draws no random numbers
         self.weight, self.bias = head.weight, head.bias
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """[N, hidden size], [N] -> scalar; without labels […, hidden size] -> […, vocab]"""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """[N, hidden size], [N], [N] -> scalar; without labels […, hidden size] -> […, vocab]"""
         if labels is None:
             return super().forward(hidden)
-        nll: Tensor = LinearNLL.apply(hidden, self.weight, self.bias, labels)  # type: ignore[no-untyped-call]
+        nll: Tensor = LinearNLL.apply(hidden, self.weight, self.bias, labels, weights)  # type: ignore[no-untyped-call]
         return nll
 
 
-def _nll_of_all_logits(base: Any, labels: Tensor, predicts: Tensor, inputs: dict[str, Any]) -> Tensor:
+def _nll_of_all_logits(
+    base: Any, labels: Tensor, predicts: Tensor, weights: Tensor | None, inputs: dict[str, Any]
+) -> Tensor:
     """The loss of a model that does more than lm_head's product to make its logits: all of them exist at once."""
     ids = inputs["input_ids"]
     if ids.is_meta:  # a mask on this device has no contents; so the same number of places is kept in each row
@@ -74,7 +79,9 @@ def _nll_of_all_logits(base: Any, labels: Tensor, predicts: Tensor, inputs: dict
     else:
         kept = torch.zeros_like(ids, dtype=torch.bool).flatten().index_fill(0, predicts, True).view_as(ids)
     logits = base(**inputs, logits_to_keep=kept).logits.flatten(0, -2)[: len(predicts)]  # [N, vocab]
-    return cross_entropy(logits.float(), labels, reduction="sum")
+    if weights is None:
+        return cross_entropy(logits.float(), labels, reduction="sum")
+    return cross_entropy(logits.float(), labels, reduction="none") @ weights
 
 
 def logits_at_once(base: Any, label_tokens: int) -> int:
@@ -86,14 +93,17 @@ def logits_at_once(base: Any, label_tokens: int) -> int:
 
 
 class LinearNLL(torch.autograd.Function):
-    """The cross entropy of `labels` [N] under the logits hidden @ weight.T + bias, summed: a scalar in fp32.
+    """The cross entropy of `labels` [N] under the logits hidden @ weight.T + bias, each times its part of `weights`
+    [N] (None stands for 1), summed: a scalar in fp32.
 
     hidden is [N, hidden size], weight [vocab, hidden size]. Neither weight nor bias gets a gradient. The gradient of
     hidden is (softmax - one-hot) @ weight; the forward pass computes it, while the logits exist.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor | None
+    ) -> Tensor:
         nll = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         scale = FP16_SCALE if weight.dtype == torch.float16 else 1.0
@@ -103,11 +113,14 @@ class LinearNLL(torch.autograd.Function):
             logits = linear(hidden[here], weight, bias).float()  # [rows, vocab]
             log_sum = logits.logsumexp(dim=1, keepdim=True)
             label = labels[here, None]
-            nll += (log_sum - logits.gather(1, label)).sum()
+            nlls = log_sum - logits.gather(1, label)  # [rows, 1]
+            nll += (nlls if weights is None else nlls * weights[here, None]).sum()
             if gradient is not None:
                 softmax = logits.sub_(log_sum).exp_()
                 softmax.scatter_add_(1, label, torch.full_like(log_sum, -1.0))
                 gradient[here] = (softmax.mul_(scale).to(weight.dtype) @ weight).float() / scale
+                if weights is not None:
+                    gradient[here] *= weights[here, None]
         ctx.save_for_backward(gradient)
         ctx.dtype = hidden.dtype
         return nll
@@ -115,7 +128,7 @@ class LinearNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
-        return (gradient * gradients[0]).to(ctx.dtype), None, None, None
+        return (gradient * gradients[0]).to(ctx.dtype), None, None, None, None
 
 
 class _Probe(nn.Module):

@@ -65,8 +65,8 @@ def _check_vocabulary(base: Any, examples: Sequence[Example]) -> None:
     count = base.get_input_embeddings().num_embeddings
     if largest_id_of(examples) < count:
         return
-    example = next(one for one in examples if max(one.prompt_ids + one.answer_ids) >= count)
-    token = max(example.prompt_ids + example.answer_ids)
+    example = next(one for one in examples if max(one.ids) >= count)
+    token = max(example.ids)
     raise UserError(
         f"row {example.row} has a token with the id {token:,}, but {base.name_or_path} has embeddings for {count:,} "
         "tokens. Take the token out of the rows, or give the model an embedding for it (resize_token_embeddings)."

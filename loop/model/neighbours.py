@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data.examples import Example, lengths_of
-from data.layout import Layout, collate
+from data.layout import Layout, MicroBatch, collate
 from loop.step import summed_nll
 
 TRIED = 3  # rows whose loss is computed twice, alone and among others
@@ -46,7 +46,7 @@ def losses_alone(
     `model` is in evaluation mode, has its own attention, and returns the summed loss. Collective under ZeRO-3.
     """
     batches = [collate([rows[i]], "padded", pad_token_id).to(device) for i in tried(rows)]
-    return [summed_nll(model, batch).item() / len(batch.label_ids) for batch in batches]
+    return [_mean_nll(model, batch, slice(None)) for batch in batches]
 
 
 @torch.no_grad()
@@ -55,13 +55,15 @@ def losses_among_others(
 ) -> list[float]:
     """The same losses where all `rows` share one micro-batch, for which the model has the attention of `layout`."""
     together = collate(rows, layout, pad_token_id).to(device)
-    ends = list(accumulate((len(row.answer_ids) for row in rows), initial=0))
-    found = []
-    for i in tried(rows):
-        labels = slice(ends[i], ends[i + 1])
-        only = replace(together, predicts=together.predicts[labels], label_ids=together.label_ids[labels])
-        found.append(summed_nll(model, only).item() / len(only.label_ids))
-    return found
+    ends = list(accumulate((row.num_labels for row in rows), initial=0))
+    return [_mean_nll(model, together, slice(ends[i], ends[i + 1])) for i in tried(rows)]
+
+
+def _mean_nll(model: torch.nn.Module, batch: MicroBatch, labels: slice) -> float:
+    """The mean loss over these labels of the batch alone, without their weights."""
+    predicts, label_ids = batch.predicts[labels], batch.label_ids[labels]
+    only = replace(batch, predicts=predicts, label_ids=label_ids, label_weights=None)
+    return summed_nll(model, only).item() / len(label_ids)
 
 
 def largest_gap(alone: Sequence[float], among: Sequence[float]) -> float:

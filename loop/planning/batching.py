@@ -87,7 +87,7 @@ def why_not_in_one_row(recipe: Recipe, longest: int, base: Any) -> str | None:
 def _keeps_apart(base: Any) -> bool:
     """Tries out whether every attention layer learns which rows to keep apart; some decoders do not pass that on."""
     before = attention_of(base)
-    rows = [Example(1, [0, 1], [2]), Example(2, [0, 3], [4, 5])]
+    rows = [Example.of(1, [0, 1], [2]), Example.of(2, [0, 3], [4, 5])]
     batch = collate(rows, "shared_prefix", pad_token_id=0).to(torch.device("meta"))
     try:
         base.set_attn_implementation(BY_ROW)

@@ -84,8 +84,8 @@ def contradictions(recipe: Recipe, data: Data | None, model: Any, steps: int, ro
 
 
 def key_of(example: Example) -> int:
-    """A number that is the same for rows with the same prompt and answer."""
-    return hash((*example.prompt_ids, -1, *example.answer_ids))
+    """A number that is the same for rows with the same tokens and labels."""
+    return hash((*example.ids, *example.spans))
 
 
 def key_rates(recipe: Recipe, steps: int) -> list[tuple[int, float]]:
@@ -103,16 +103,21 @@ def key_rates(recipe: Recipe, steps: int) -> list[tuple[int, float]]:
     return rates
 
 
+def pieces(example: Example) -> list[tuple[str, list[int]]]:
+    """The tokens of an example in their order: those that are masked and those that are learned, in turns."""
+    found, at = [], 0
+    for start, end, _ in example.spans:
+        found += [("masked", example.ids[at:start]), ("learned", example.ids[start:end])]
+        at = end
+    return [(kind, ids) for kind, ids in [*found, ("masked", example.ids[at:])] if ids]
+
+
 def shown_rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> str:
     """The first rows as the model reads them: for each, the text that is only read and the text that is learned."""
     lines = []
     for example in examples[:SHOWN]:
-        masked, learned = (
-            str(tokenizer.decode(ids)).replace("\n", "\\n") for ids in (example.prompt_ids, example.answer_ids)
-        )
-        lines += [
-            f"row {example.row}",
-            f"  masked  {len(example.prompt_ids):>4} tokens  {masked}",
-            f"  learned {len(example.answer_ids):>4} tokens  {learned}",
-        ]
+        lines.append(f"row {example.row}")
+        for kind, ids in pieces(example):
+            text = str(tokenizer.decode(ids)).replace("\n", "\\n")
+            lines.append(f"  {kind:<7} {len(ids):>4} tokens  {text}")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from typing import Any
 
 from data.batch import epoch_order, windows
 from data.errors import UserError
-from data.examples import Example, answer_lengths_of, lengths_of
+from data.examples import Example, label_lengths_of, lengths_of
 from data.layout import Layout, MicroBatch, collate
 from loop.batch_arithmetic import BatchArithmetic
 from loop.measure.flops import Batch, MatrixProducts, count_computed, matrix_products
@@ -56,9 +56,9 @@ class Work:
         return int(lengths_of(self.examples).max())
 
     @property
-    def longest_answer(self) -> int:
-        """The number of tokens in the longest answer."""
-        return int(answer_lengths_of(self.examples).max())
+    def most_labels(self) -> int:
+        """The largest number of labels of a row."""
+        return int(label_lengths_of(self.examples).max())
 
     def largest(self, rows: int) -> MicroBatch:
         """The micro-batch of at most `rows` rows that needs most memory, which is that of the longest rows."""
@@ -133,7 +133,7 @@ class Subject:
         work, batch = self.work, BatchArithmetic.of(self.recipe, processes, len(self.work.examples))
         if not work.real:
             n, t = len(work.examples), work.longest
-            return batch.steps_per_epoch, n * t, Batch(n, n * t, n * work.longest_answer, n * t * t)
+            return batch.steps_per_epoch, n * t, Batch(n, n * t, n * work.most_labels, n * t * t)
         computed, tokens = Batch(), 0
         order = epoch_order(len(work.examples), self.recipe.seed, 0)
         for rank in range(processes):

@@ -157,7 +157,7 @@ def page(
     parts += [
         "\n== model and data",
         f"{trainable:,} of {everything:,} parameters train ({100 * trainable / everything:.2f} %); "
-        f"{len(work.examples):,} rows, the longest {work.longest} tokens, answers up to {work.longest_answer}",
+        f"{len(work.examples):,} rows, the longest {work.longest} tokens, up to {work.most_labels} labels",
         f"batching {batching}",
     ]
     if estimates:

@@ -247,14 +247,15 @@ def _nonsense(checkpoint: Checkpoint) -> str | None:
             if not torch.isfinite(tensor).all():
                 return f"{name}: {key} is not finite"
     try:
-        interval = state["interval"] or {"nlls": [0.0], "num_label_tokens": 0}
-        nlls, tokens = interval["nlls"], interval["num_label_tokens"]
+        interval = state["interval"] or {"nlls": [0.0], "label_weight": 0.0}
+        nlls, weight = interval["nlls"], interval["label_weight"]
         run = state["run"]
         ok = (
-            all(type(count) is int for count in (state["step"], state["updates"], run["rows_per_step"], tokens))
+            all(type(count) is int for count in (state["step"], state["updates"], run["rows_per_step"]))
             and 0 <= state["updates"] <= state["step"]
             and run["rows_per_step"] > 0
-            and tokens >= 0
+            and type(weight) is float
+            and 0 <= weight < math.inf
             and len(nlls) > 0
             and all(type(nll) is float and math.isfinite(nll) for nll in nlls)
             and isinstance(state["val_loss"], float | None)

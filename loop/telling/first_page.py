@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
 
-from data.examples import answer_lengths_of, lengths_of
+from data.examples import label_lengths_of, lengths_of
 from loop.engine.accelerator import mixed_precision
 from loop.internals.deepspeed_internals import numel_of
 from loop.model.build import adapters_of
@@ -32,7 +32,7 @@ def overview(job: Job, decided: Decided, model: PeftModel) -> str:
     sizes = [(numel_of(p), p) for p in model.parameters()]
     trainable = sum(size for size, p in sizes if p.requires_grad)
     everything = sum(size for size, _ in sizes)
-    label_tokens, tokens = int(answer_lengths_of(data.train).sum()), int(lengths_of(data.train).sum())
+    label_tokens, tokens = int(label_lengths_of(data.train).sum()), int(lengths_of(data.train).sum())
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for _, p in sizes if p.requires_grad})
     lines = {
         "run folder": job.run_dir,

@@ -26,7 +26,7 @@ count_collectives()
 torch.distributed.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
 accelerator = Accelerator(cpu=True)
 watch = Watch(60, 0, accelerator)
-window = Window([collate([Example(10 + rank, [1], [2])], "padded", 0)], num_label_tokens=2, num_tokens=4)
+window = Window([collate([Example.of(10 + rank, [1], [2])], "padded", 0)], label_weight=2, num_tokens=4)
 for bad, signalled in cases:
     nll = torch.tensor([float("nan") if rank in bad else 1.0])
     with Guard(torch.nn.Linear(1, 1), watch, accelerator) as guard:

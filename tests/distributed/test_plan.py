@@ -85,8 +85,8 @@ def test_usage_counts_steps_rows_and_tokens(rows: Path, run) -> None:  # type: i
     steps = math.ceil(ROWS / 8)
     assert (told["first_step"], told["last_step"], len(told["step_seconds"])) == (0, steps, steps)
     assert told["rows"] == ROWS
-    assert told["tokens"] == sum(len(e.prompt_ids) + len(e.answer_ids) for e in examples)
-    assert told["label_tokens"] == sum(len(e.answer_ids) for e in examples)
+    assert told["tokens"] == sum(e.length for e in examples)
+    assert told["label_tokens"] == sum(e.num_labels for e in examples)
     assert [rank["rank"] for rank in told["ranks"]] == [0, 1]
     phases = told["ranks"][0]["phases"]
     assert {"start", "load", "data", "forward", "backward", "update", "save", "other"} <= phases.keys()
