@@ -61,11 +61,12 @@ from transformers import AutoTokenizer
 from data.batch import epoch_order, windows
 from data.chat import encode_rows
 from data.rows import iter_rows
+from data.template import ChatTemplate
 from loop.measure.memory import peak_host_memory
 
 path, tokenizer = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2])
 begun = time.perf_counter()
-examples = encode_rows(iter_rows(path), path, "", 99, tokenizer)
+examples = encode_rows(iter_rows(path), path, ChatTemplate(tokenizer), 99)
 read = time.perf_counter() - begun
 seconds = []
 begun = time.perf_counter()

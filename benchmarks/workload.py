@@ -18,6 +18,7 @@ from data.chat import encode_rows
 from data.examples import Example
 from data.rows import read_rows
 from data.sums import SYSTEM_PROMPT
+from data.template import ChatTemplate
 from loop.recipe import ROOT, Recipe, parse_recipe
 
 TINY = ROOT / "data" / "tiny_base"
@@ -93,7 +94,7 @@ def write_tiny(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.save_pretrained(folder)
     path = ROOT / "data" / "math" / "math_train_1798.json"
-    write_rows(folder, encode_rows(read_rows(path), path, SYSTEM_PROMPT, 99, tokenizer))
+    write_rows(folder, encode_rows(read_rows(path), path, ChatTemplate(tokenizer, SYSTEM_PROMPT), 99))
 
 
 def write_rows(folder: Path, examples: Sequence[Example]) -> None:

@@ -1,33 +1,28 @@
-"""Turns rows into token ids with the tokenizer's own chat template, which writes the prompt and the answer."""
+"""Turns rows into token ids: what the model reads, and which of it is learned."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
+from data.conversation import Row
 from data.errors import UserError
-from data.examples import Example, Examples
-from data.rows import Problems, Row
-from data.template import ChatTemplate, plain_parts
+from data.examples import Example, Examples, Span
+from data.rows import Problems
+from data.template import ChatTemplate, Rendering
 
 BATCH = 1000  # rows tokenized at once
 
 
-def user_text(row: Row) -> str:
-    """Returns what the user says: the row's instruction and, if it has one, its input on the next line."""
-    return f"{row.instruction}\n{row.input}" if row.input else row.instruction
+def encode_row(row: Row, template: ChatTemplate) -> list[Example]:
+    """Tokenizes one row, which becomes more than one example where the chat template changes earlier turns.
 
-
-def encode_row(row: Row, system_prompt: str, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Tokenizes one row. A control token in the row's text, such as <|im_end|>, becomes plain text: it makes no turn.
-
-    Raises UserError when the chat template does not show the row as it is.
+    A control token in the row's text, such as <|im_end|>, becomes plain text: it makes no turn. Raises UserError when
+    the chat template does not show the row as it is.
     """
-    (example,) = encode_batch([row], ChatTemplate(tokenizer, system_prompt))
-    if isinstance(example, UserError):
-        raise example
-    return example
+    (examples,) = encode_batch([row], template)
+    if isinstance(examples, UserError):
+        raise examples
+    return examples
 
 
 def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
@@ -37,17 +32,14 @@ def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def encode_rows(
-    rows: Iterable[Row], path: Path, system_prompt: str, max_length: int, tokenizer: PreTrainedTokenizerBase
-) -> Examples:
-    """Tokenizes every row; prompt, answer and end token together have at most `max_length` tokens.
+def encode_rows(rows: Iterable[Row], path: Path, template: ChatTemplate, max_length: int) -> Examples:
+    """Tokenizes every row; what the model reads of it has at most `max_length` tokens, the end token included.
 
     Raises UserError, naming the rows of the file `path`, when a row is longer: no row is cut off. It also raises
-    UserError when the tokenizer has no end token or no chat template, and when the chat template fails or does not
-    show what a row says.
+    UserError when the chat template fails or does not show what a row says.
     """
     problems = Problems()
-    examples = Examples(_encoded(rows, ChatTemplate(tokenizer, system_prompt), max_length, problems))
+    examples = Examples(_encoded(rows, template, max_length, problems))
     problems.fail(path)
     return examples
 
@@ -57,95 +49,116 @@ def _encoded(rows: Iterable[Row], template: ChatTemplate, max_length: int, probl
     # Characters that max_length tokens can have.
     most = max_length * max(len(token) for token in template.tokenizer.get_vocab())
     for batch in batched(rows, BATCH):
-        lengths = [len(user_text(row)) + len(row.output) for row in batch]
         # A row with more characters is surely too long, and may be too much for the tokenizer.
-        fitting = [row for row, characters in zip(batch, lengths, strict=True) if characters <= most]
-        found = {row.number: example for row, example in zip(fitting, encode_batch(fitting, template), strict=True)}
-        for row, characters in zip(batch, lengths, strict=True):
-            example = found.get(row.number)
-            if isinstance(example, UserError):
-                problems.add(f"row {row.number}: {example}")
-            elif example is None or example.length > max_length:
-                size = f"{example.length} tokens" if example else f"{characters:,} characters"
+        fitting = [row for row in batch if _characters(row) <= most]
+        found = dict(zip((row.number for row in fitting), encode_batch(fitting, template), strict=True))
+        for row in batch:
+            examples = found.get(row.number)
+            if isinstance(examples, UserError):
+                problems.add(f"row {row.number}: {examples}")
+                continue
+            longest = max(example.length for example in examples) if examples else None
+            if longest is None or longest > max_length:
+                size = f"{longest} tokens" if longest else f"{_characters(row):,} characters"
                 problems.add(f"row {row.number}: {size}; shorten it or raise data.max_length ({max_length})")
-            else:
-                problems.add(None)
-                yield example
+                continue
+            problems.add(None)
+            yield from examples or ()
 
 
-def encode_batch(rows: Sequence[Row], template: ChatTemplate) -> list[Example | UserError]:
-    """Tokenizes `rows`; an error stands in the place of a row that the template does not show as it is.
+def _characters(row: Row) -> int:
+    """A number of characters that the row's texts have at least."""
+    return sum(map(len, row.plain or ())) + sum(len(turn.content) + len(turn.reasoning) for turn in row.turns)
 
-    An answer is tokenized behind the end of its prompt, so that no tokenizer takes it for the beginning of a text.
-    Where the tokenizer joins both, the answer is tokenized apart, because a server gives the prompt alone to the model.
-    """
-    texts: list[tuple[str, str] | UserError | None] = []
+
+def encode_batch(rows: Sequence[Row], template: ChatTemplate) -> list[list[Example] | UserError]:
+    """Tokenizes `rows`; an error stands in the place of a row that cannot be learned as it is."""
+    rendered: list[list[Rendering] | UserError] = []
     for row in rows:
-        user, output = user_text(row), _behind_thought(row.output, template)
-        if any(token in user or token in output for token in template.control):
-            texts.append(None)  # tokenized in pieces below
-            continue
         try:
-            texts.append(template.turn(user, row.output))
+            rendered.append(_plain(row, template) if row.plain is not None else template.renderings(row))
         except UserError as error:
-            texts.append(error)
-    ids = iter(_ids_of_turns([text for text in texts if isinstance(text, tuple)], template))
-    examples: list[Example | UserError] = []
-    for row, text in zip(rows, texts, strict=True):
-        if isinstance(text, UserError):
-            examples.append(text)
-        elif text is None:
-            examples.append(_encode_in_pieces(row, template))
+            rendered.append(error)
+    pieces = [_Pieces(one, template) for each in rendered if isinstance(each, list) for one in each]
+    try:
+        ids = iter(template.encoder.ids([text for piece in pieces for text in piece.texts]))
+    except UserError as error:
+        if len(rows) == 1:
+            return [error]
+        return [each for row in rows for each in encode_batch([row], template)]
+    made = iter([piece.examples([next(ids) for _ in piece.texts]) for piece in pieces])
+    result: list[list[Example] | UserError] = []
+    for row, each in zip(rows, rendered, strict=True):
+        if isinstance(each, UserError):
+            result.append(each)
+            continue
+        examples = [Example(row.number, *one) for _ in each for one in next(made)]
+        if any(start == 0 for example in examples for start, _, _ in example.spans):
+            result.append(UserError("the first token of a row cannot be learned, because nothing stands before it"))
         else:
-            examples.append(Example.of(row.number, *next(ids)))
-    return examples
+            result.append(examples)
+    return result
 
 
-def _ids_of_turns(turns: Sequence[tuple[str, str]], template: ChatTemplate) -> Iterator[tuple[list[int], list[int]]]:
-    """Yields the ids of each prompt and of its answer."""
-    context = template.context
-    begins = [context if context and prompt.endswith(context) else prompt for prompt, _ in turns]
-    prompts = _ids_of_all([prompt for prompt, _ in turns], template.tokenizer)
-    behind = _ids_of_all([begin + turn[1] for begin, turn in zip(begins, turns, strict=True)], template.tokenizer)
-    of_context = _ids(context, template.tokenizer) if context else []
-    for begin, (_, answer), ids, both in zip(begins, turns, prompts, behind, strict=True):
-        before = of_context if begin == context else ids
-        joined = both[: len(before)] != before
-        yield ids, _ids(answer, template.tokenizer) if joined else both[len(before) :]
+def _plain(row: Row, template: ChatTemplate) -> list[Rendering]:
+    """The rendering of a text without a chat template: it is what it says, and the end token behind it is learned."""
+    assert row.plain is not None
+    prompt, completion = row.plain
+    for token in template.control:
+        if template.parse and (token in prompt or token in completion):
+            raise UserError(
+                f"the text has the control token {token!r}; give the conversation as messages, or set "
+                "data.assistant_markup: plain, which reads it as plain characters"
+            )
+    prompt, completion = template.masks.hide(prompt), template.masks.hide(completion)
+    text = f"{prompt}{completion}{template.eos}"
+    return [Rendering(text, ((len(prompt), len(text), 1.0),))]
 
 
-def _behind_thought(output: str, template: ChatTemplate) -> str:
-    """The part of an answer in which a control token is plain text: all but the marks of a thought at its beginning."""
-    if "<think>" in template.control and output.lstrip().startswith("<think>") and "</think>" in output:
-        return output.replace("<think>", "", 1).replace("</think>", "", 1)
-    return output
+class _Pieces:
+    """The texts to tokenize of a rendering, and how its ids are put together from theirs.
+
+    Each span has three: what stands between the answer before it (with the token that ends that) and its own, the end
+    of its prompt, and this end with the answer. So no tokenizer takes an answer for the beginning of a text. Where the
+    tokenizer joins prompt and answer, the answer is tokenized apart, because a server gives the prompt alone to the
+    model. Several spans have one text more, to compare with: what a server sends for the last of them.
+    """
+
+    def __init__(self, rendering: Rendering, template: ChatTemplate) -> None:
+        self.rendering, self.template = rendering, template
+        self.texts: list[str] = []
+        text, at = rendering.text, 0
+        for start, end, _ in rendering.spans:
+            context = text[template.last_control(text, at, start) : start]
+            self.texts += [template.control_at_end(text[:at]) + text[at:start], context, context + text[start:end]]
+            at = end
+        if len(rendering.spans) > 1:
+            self.texts.append(text[: rendering.spans[-1][0]])
+
+    def examples(self, ids: Sequence[list[int]]) -> list[tuple[list[int], tuple[Span, ...]]]:
+        """The ids and spans of each example that the rendering becomes, given the ids of `texts`.
+
+        It is one, unless the ids of an earlier answer are not those that a server's tokenizer makes of the text so far.
+        """
+        spans, encoder = self.rendering.spans, self.template.encoder
+        whole: list[int] = []
+        made: list[Span] = []
+        for i, (start, end, weight) in enumerate(spans):
+            gap, context, answer = ids[3 * i : 3 * i + 3]
+            whole += gap[1:] if i else gap  # the token that ends the answer before it stands there already
+            joined = answer[: len(context)] != context
+            answer = encoder.ids([self.rendering.text[start:end]])[0] if joined else answer[len(context) :]
+            made.append(Span(len(whole), len(whole) + len(answer), weight))
+            whole += answer
+        if len(spans) == 1 or whole[: made[-1].start] == ids[-1]:
+            return [(whole, tuple(made))]
+        alone = [_Pieces(Rendering(self.rendering.text[: span[1]], (span,)), self.template) for span in spans]
+        return [example for one in alone for example in one.examples(encoder.ids(one.texts))]
 
 
-def prompt_ids(user: str, template: ChatTemplate) -> list[int]:
-    """The ids of what a server sends when the user says `user`; a control token in it is plain text."""
-    if not any(token in user for token in template.control):
-        return _ids(template.prompt(user), template.tokenizer)
-    return _ids_of_pieces([template.before, *plain_parts(user, template.control), template.after], template)
-
-
-def _encode_in_pieces(row: Row, template: ChatTemplate) -> Example:
-    """Tokenizes what the template writes, and what the row says as plain text, in which no control token is seen."""
-    answer = _ids_of_pieces([template.lead, *plain_parts(row.output, template.control), template.end], template)
-    return Example.of(row.number, prompt_ids(user_text(row), template), answer)
-
-
-def _ids_of_pieces(pieces: Sequence[str], template: ChatTemplate) -> list[int]:
-    return [token_id for piece in pieces if piece for token_id in _ids(piece, template.tokenizer)]
-
-
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    encoded: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return encoded
-
-
-def _ids_of_all(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    if not texts:
-        return []
-    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    encoded: list[list[int]] = tokenizer(texts, **options)["input_ids"]
-    return encoded
+def prompt_ids(row: Row, template: ChatTemplate) -> list[int]:
+    """The ids of what a server sends to have the row's last answer generated."""
+    if row.plain is not None:
+        (rendering,) = _plain(row, template)
+        return template.encoder.ids([rendering.text[: rendering.spans[0][0]]])[0]
+    return template.encoder.ids([template.prompt(row)])[0]

@@ -3,55 +3,90 @@
 Nothing here knows a template by its name. What has to be known is found out by trying, once for a tokenizer.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from data.conversation import Row, Turn
 from data.errors import UserError
+from data.markup import Masks, read_markup
+from data.tokens import Encoder
 
-# Characters for private use; they stand for the user's text and for the assistant's in a rendering.
-USER, ANSWER = "\ue000", "\ue001"
-# Variables that templates understand. With the later ones a template begins no thought that the answer does not have.
-VARIABLES: tuple[Mapping[str, Any], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
+# Characters for private use; they stand for the user's text, the assistant's and a thought in a rendering.
+USER, ANSWER, THOUGHT = "\ue000", "\ue001", "\ue002"
+# Variables that templates understand. With the first that fits a row, no prompt has a thought that the row does not
+# have, and none is closed before the row's own thought.
+VARIABLES: tuple[Mapping[str, Any], ...] = (
+    *({}, {"enable_thinking": False}, {"thinking": False}),
+    *({"enable_thinking": True}, {"thinking": True}),
+)
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under which templates look for a thought
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 SHOWN = 40  # characters that a message shows of a rendering, on both sides of a place
-THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """Holds a text that the model reads, and the places of its characters that are learned: (start, end, weight).
+
+    The text up to a start is exactly what a server sends before the model generates, and an end lies behind the token
+    at which the server stops. The text ends with the last place.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int, float], ...]
 
 
 class ChatTemplate:
     """A tokenizer's chat template, with what it needs to know about it.
 
-    `variables` are given to each rendering, `as_parts` says that it wants a content as a list of parts, and `end` is
-    what it writes behind an answer, up to the token with which a server ends the answer.
+    `variables` are given to a rendering where the row's answers fit them, and `as_parts` says that the template wants a
+    content as a list of parts. `end` is what it writes behind an answer, up to the token with which a server ends it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str = "") -> None:
-        """Raises UserError when the tokenizer has no chat template or no end token, when the template fails, and when
-        an answer would not stand where a server has the model generate it."""
-        self.tokenizer, self.system_prompt = tokenizer, system_prompt
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str = "", parse: bool = True) -> None:
+        """`parse` says that a thought and tool calls in the text of an answer are read as such.
+
+        Raises UserError when the tokenizer has no chat template or no end token, when the template fails, and when an
+        answer would not stand where a server has the model generate it.
+        """
+        self.tokenizer, self.parse = tokenizer, parse
         self.name = tokenizer.name_or_path
         if tokenizer.chat_template is None:
             raise UserError(f"{self.name}: the tokenizer has no chat template. Use an Instruct model.")
         if tokenizer.eos_token_id is None:
             raise UserError(f"{self.name}: the tokenizer has no end token. Set its eos_token.")
+        self.eos = str(tokenizer.eos_token)
         self.control = control_tokens(tokenizer)
+        self.encoder = Encoder(tokenizer, self.control)
+        self.masks: Masks = self.encoder.masks
+        self.system_prompt: str = self.masks.hide(system_prompt)
+        self._each_control = re.compile(_any_of(self.control) or "(?!)")  # (?!) is nowhere
+        self.arguments_as_text = False
+        self.reasoning: str | None = None
         prompt, whole = self._try()
         self.before, _, self.after = prompt.partition(USER)
-        self.lead, _, self.tail = whole[len(prompt) :].partition(ANSWER)  # what it writes around an answer
+        self.tail = whole[len(prompt) :].partition(ANSWER)[2]  # what it writes behind an answer
         self.end = self._end(self.tail)
-        # What a tokenizer has to see before an answer: it cuts a text at control tokens before anything else.
-        last = max((self.after.rfind(token) for token in self.control), default=-1)
-        self.context = self.after[last:] if last >= 0 else ""
+        self.ends_itself = self.tail.startswith(self.end)  # False where the next turn ends an answer
+        self.beyond = self.tail[len(self.end) :] if self.ends_itself else ""  # no label
+        self.arguments_as_text = self._wants_arguments_as_text()
+        self.reasoning = self._find_reasoning()
 
     def _try(self) -> tuple[str, str]:
         """Finds the way to ask the template; returns a prompt, and the conversation with an answer behind it."""
         problem = None
+        user, answer = Turn("user", USER), Turn("assistant", ANSWER)
         for as_parts in (False, True):
-            for variables in VARIABLES:
+            for variables in VARIABLES[:3]:
                 self.as_parts, self.variables = as_parts, variables
                 try:
-                    prompt, whole = self.prompt(USER), self._render(USER, {"content": ANSWER})
+                    prompt = self._render(self._with_system([user]), (), True, variables)
+                    whole = self._render(self._with_system([user, answer]), (), False, variables)
                     self._check(prompt, whole)
                     return prompt, whole
                 except UserError as error:
@@ -64,16 +99,10 @@ class ChatTemplate:
             raise UserError(f"{self.name}: its chat template does not show what the user says once. Correct it.")
         if whole.count(ANSWER) != 1:
             raise UserError(f"{self.name}: its chat template does not show what the assistant says once. Correct it.")
-        self._check_begin(prompt, whole)
-
-    def _check_begin(self, prompt: str, whole: str) -> None:
-        if not whole.startswith(prompt):
-            at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-            shown = slice(max(0, at - SHOWN), at + SHOWN)
-            raise UserError(
-                f"{self.name}: its chat template has the model answer behind {prompt[shown]!r}, but writes the answer "
-                f"behind {whole[shown]!r}, so it would be learned where nobody asks for it. Correct the template."
-            )
+        try:
+            _check_begin(prompt, whole)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
 
     def _end(self, tail: str) -> str:
         """What of `tail` the model has to generate: up to its first control token, and those that follow at once.
@@ -81,77 +110,260 @@ class ChatTemplate:
         A server stops at the tokenizer's end token, where it is among these. Where there is no control token, as in
         templates whose next turn ends the answer, it is the end token alone.
         """
-        one = "|".join(map(re.escape, sorted(self.control, key=len, reverse=True)))
-        found = re.search(rf"(?:{one})+", tail) if one else None
+        found = re.search(f"(?:{self._each_control.pattern})+", tail)
         if found is None:
-            return str(self.tokenizer.eos_token)
-        run, eos = found[0], str(self.tokenizer.eos_token)
-        return tail[: found.start()] + (run[: run.index(eos) + len(eos)] if eos in run else run)
+            return self.eos
+        run = found[0]
+        return tail[: found.start()] + (run[: run.index(self.eos) + len(self.eos)] if self.eos in run else run)
+
+    def _find_reasoning(self) -> str | None:
+        """The name of the field in which the template looks for a thought; None where it shows none."""
+        turns = self._with_system([Turn("user", USER), Turn("assistant", ANSWER, reasoning=THOUGHT)])
+        for name in REASONING:
+            self.reasoning = name
+            for variables in VARIABLES:
+                try:
+                    if THOUGHT in self._render(turns, (), False, variables):
+                        return name
+                except UserError:
+                    continue
+        return None
+
+    def last_control(self, text: str, start: int, end: int) -> int:
+        """The place of the last control token in text[start:end]; 0 where it has none."""
+        return max((found.start() for found in self._each_control.finditer(text, start, end)), default=0)
+
+    def control_at_end(self, text: str) -> str:
+        """The control token with which `text` ends; nothing where it ends otherwise."""
+        return max((token for token in self.control if text.endswith(token)), key=len, default="")
+
+    def _wants_arguments_as_text(self) -> bool:
+        """Whether the template writes the arguments of a tool call as Python writes them, unless it gets JSON."""
+        call = {"name": "f", "arguments": {USER: ANSWER}}
+        turns = [Turn("user", USER), Turn("assistant", "", tool_calls=(call,))]
+        try:
+            return f"'{USER}'" in self._render(turns, (), False, self.variables)
+        except UserError:
+            return False
 
     @property
     def stop_token(self) -> int:
         """The id of the token with which a trained answer ends."""
         return int(self.tokenizer(self.end, add_special_tokens=False)["input_ids"][-1])
 
-    def prompt(self, user: str) -> str:
-        """The conversation up to where the assistant begins to answer what `user` says."""
-        return self._render(user, None)
+    def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The turns, behind the recipe's system turn where they have none of their own."""
+        own = not self.system_prompt or (turns and turns[0].role == "system")
+        return [*([] if own else [Turn("system", self.system_prompt)]), *turns]
 
-    def turn(self, user: str, output: str) -> tuple[str, str]:
-        """The prompt, and what the model has to generate behind it, with the token that ends the answer.
+    def _prepared(self, row: Row) -> Row:
+        """The row as the template gets it: with the recipe's system turn, the structure in its answers read, and a mask
+        for each control token that is only text."""
+        turns = list(row.turns)
+        if self.parse:
+            thoughts, calls = self.reasoning is not None, "<tool_call>" in self.control
+            turns = [read_markup(turn, thoughts, calls) if turn.role == "assistant" else turn for turn in turns]
+        in_content = self.parse and self.reasoning is None and "<think>" in self.control
+        row = self.masks.in_row(replace(row, turns=tuple(turns)), in_content)
+        return replace(row, turns=tuple(self._with_system(row.turns)))
 
-        A thought at the beginning of `output`, between <think> and </think>, is given to the template as a thought,
-        where <think> is a control token. Raises UserError when the template does not show the answer as it is.
+    def prompt(self, row: Row) -> str:
+        """What a server sends to have the row's last answer generated.
+
+        The variables are those that fit this answer; where the template cannot show it, they are those of a plain one.
         """
-        message: dict[str, str] = {"content": output}
-        thought = THOUGHT.fullmatch(output) if "<think>" in self.control else None
-        if thought:
-            message = {"content": thought[2], "reasoning_content": thought[1].strip()}
-        whole = self._render(user, message)
-        prompt = f"{self.before}{user}{self.after}"
+        row = self._prepared(row)
+        for variables in self._candidates(row):
+            try:
+                return self._turn(row, len(row.turns) - 1, variables)[0]
+            except UserError:
+                continue
+        return self._render(row.turns[:-1], row.tools, True, self.variables)
+
+    def renderings(self, row: Row) -> list[Rendering]:
+        """What the model reads and learns of the row's conversation.
+
+        It is one text, unless the template writes an answer otherwise once later turns are there: then there are as
+        many as it takes for each answer to stand behind the text that a server sends for it. Raises UserError when the
+        template does not show what the row says, or writes an answer where no server asks for it.
+        """
+        row = self._prepared(row)
+        if (one := self._of_one_question(row)) is not None:
+            return [one]
+        problem = None
+        for variables in self._candidates(row):
+            try:
+                return self._all(row, variables)
+            except UserError as error:
+                problem = problem or error
+        assert problem is not None
+        raise problem
+
+    def _candidates(self, row: Row) -> list[Mapping[str, Any]]:
+        others = VARIABLES if any(turn.reasoning for turn in row.turns) else VARIABLES[:3]
+        return [self.variables, *(each for each in others if each != self.variables)]
+
+    def _of_one_question(self, row: Row) -> Rendering | None:
+        """The rendering of a single question and answer; None where it takes more than a look at one text."""
+        user, answer = row.turns[-2:]
+        if len(row.turns) != 1 + len(self._with_system([user])) or row.tools or answer.tool_calls:
+            return None
+        if row.turns[0] is not user and row.turns[0].content != self.system_prompt:
+            return None
+        whole = self._render(row.turns, (), False, self.variables)
+        prompt = f"{self.before}{user.content}{self.after}"
         if not whole.startswith(prompt):  # the template changes what the user says; it may strip blanks
-            prompt = self.prompt(user)
-            self._check_begin(prompt, whole)
+            return None
+        try:
+            learned = self._learned(prompt, whole, answer)
+        except UserError:
+            return None
+        return Rendering(prompt + learned, ((len(prompt), len(prompt) + len(learned), answer.weight),))
+
+    def _all(self, row: Row, variables: Mapping[str, Any]) -> list[Rendering]:
+        found: list[Rendering] = []
+        for place in reversed([place for place, turn in enumerate(row.turns) if turn.weight]):
+            prompt, learned = self._turn(row, place, variables)
+            text, span = prompt + learned, (len(prompt), len(prompt) + len(learned), row.turns[place].weight)
+            for i, later in enumerate(found):
+                if later.text.startswith(text):
+                    found[i] = replace(later, spans=(span, *later.spans))
+                    break
+            else:
+                found.append(Rendering(text, (span,)))
+        return found[::-1]
+
+    def _turn(self, row: Row, place: int, variables: Mapping[str, Any]) -> tuple[str, str]:
+        """The prompt of the assistant's turn at `place`, and what the model has to generate behind it."""
+        prompt = self._render(row.turns[:place], row.tools, True, variables)
+        whole = self._render(row.turns[: place + 1], row.tools, False, variables)
+        self._check_shown(row.turns[:place], row.tools, prompt)
+        _check_begin(prompt, whole)
+        return prompt, self._learned(prompt, whole, row.turns[place])
+
+    def _learned(self, prompt: str, whole: str, turn: Turn) -> str:
+        """What of `whole`, behind the prompt, the model has to generate, up to the token at which a server stops."""
         rest = whole[len(prompt) :]
-        missing = [text for text in message.values() if text.strip() not in rest]
-        if missing or not rest.endswith(self.tail):
+        wanted = [turn.content, turn.reasoning, *(text for call in turn.tool_calls for text in _texts(call))]
+        missing = [text for text in wanted if not _shown(text, rest)]
+        learned = rest.removesuffix(self.beyond) if self.ends_itself else rest + self.eos
+        ended = not self.ends_itself or any(learned.endswith(token) for token in self.control)
+        if missing or not ended:
             raise UserError(
-                f"the chat template does not show {(missing or [output])[0].strip()[:SHOWN]!r}, but makes "
+                f"the chat template does not show {(missing or [turn.content])[0].strip()[:SHOWN]!r}, but makes "
                 f"{rest[: 2 * SHOWN]!r} of the answer; change the answer or the template"
             )
-        return prompt, rest[: len(rest) - len(self.tail)] + self.end
+        return learned
 
-    def _render(self, user: str, assistant: Mapping[str, str] | None) -> str:
-        turns: list[dict[str, Any]] = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        turns.append({"role": "user", "content": user})
-        if assistant is not None:
-            turns.append({"role": "assistant", **assistant})
-        if self.as_parts:
-            turns = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=assistant is None, **self.variables
-            )
-        except Exception as error:  # the template is a program that comes with the model, and may raise anything
-            raise UserError(
-                f"{self.name}: its chat template fails: {error}. Correct it; if it wants no system turn, "
-                "leave data.system_prompt empty."
-            ) from error
-        return str(text)
+    def _check_shown(self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], prompt: str) -> None:
+        """Raises UserError where the prompt leaves out what a turn before the answer says. Thoughts may be left out."""
+        for turn in turns:
+            for text in (turn.content, *(text for call in turn.tool_calls for text in _texts(call))):
+                if not _shown(text, prompt):
+                    raise UserError(
+                        f"the chat template does not show the {turn.role}'s {text.strip()[:SHOWN]!r} in front of an "
+                        f"answer, but writes {prompt[-2 * SHOWN :]!r}; change the turn or the template"
+                    )
+        for tool in tools:
+            if not _shown(name := tool["function"]["name"], prompt):
+                raise UserError(f"the chat template does not show the tool {name!r}; remove it or change the template")
+
+    def _render(
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Mapping[str, Any]],
+        generation: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        for as_text in (self.arguments_as_text, not self.arguments_as_text):
+            try:
+                messages = [self._message(turn, as_text) for turn in turns]
+                text = self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=list(tools) or None,  # type: ignore[arg-type]
+                    tokenize=False,
+                    add_generation_prompt=generation,
+                    **variables,
+                )
+                self.arguments_as_text = as_text
+                return str(text)
+            except Exception as error:  # the template is a program that comes with the model, and may raise anything
+                if any(turn.tool_calls for turn in turns) and as_text == self.arguments_as_text:
+                    continue
+                raise UserError(
+                    f"{self.name}: its chat template fails: {error}. Correct it; if it wants no system turn, "
+                    "leave data.system_prompt empty."
+                ) from error
+        raise AssertionError("one of both ways returns or raises")
+
+    def _message(self, turn: Turn, arguments_as_text: bool) -> dict[str, Any]:
+        """The turn as templates take it."""
+        content: Any = [{"type": "text", "text": turn.content}] if self.as_parts else turn.content
+        message: dict[str, Any] = {"role": turn.role, "content": content}
+        if turn.reasoning:
+            message[self.reasoning or REASONING[0]] = turn.reasoning
+        if turn.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": call["name"],
+                        "arguments": json.dumps(call["arguments"], ensure_ascii=False)
+                        if arguments_as_text
+                        else call["arguments"],
+                    },
+                    **({"id": call["id"]} if call.get("id") else {}),
+                }
+                for call in turn.tool_calls
+            ]
+        if turn.role == "tool":
+            message |= {"name": turn.name} if turn.name else {}
+            message |= {"tool_call_id": turn.call_id} if turn.call_id else {}
+        return message
+
+
+def _check_begin(prompt: str, whole: str) -> None:
+    """Raises UserError, with both texts at the place where they part, when `whole` does not begin with the prompt."""
+    if not whole.startswith(prompt):
+        at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+        shown = slice(max(0, at - SHOWN), at + SHOWN)
+        raise UserError(
+            f"its chat template has the model answer behind {prompt[shown]!r}, but writes the answer "
+            f"behind {whole[shown]!r}, so it would be learned where nobody asks for it. Correct the template."
+        )
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a tool call: its name, and all texts in its arguments."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [
+        text
+        for key, each in (value.items() if isinstance(value, dict) else enumerate(inner))
+        if key != "id"
+        for text in _texts(each)
+    ]
+
+
+def _shown(text: str, rendering: str) -> bool:
+    """Whether a rendering shows a text, as it is or as JSON writes it."""
+    text = text.strip()
+    return text in rendering or json.dumps(text, ensure_ascii=False)[1:-1] in rendering
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Returns the tokens that can begin or end a turn.
 
     They are all special tokens, and those of the other added tokens that the chat template writes and that are more
-    than white space.
+    than white space. The tokens that stand for a single byte, as <0x0A> does, are none.
     """
     template = str(tokenizer.chat_template)
     added = [token for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
-    return [token.content for token in added if token.special or token.content in template]
+    found = [token.content for token in added if token.special or token.content in template]
+    return [token for token in found if not BYTE.fullmatch(token)]
 
 
-def plain_parts(text: str, control: Sequence[str]) -> list[str]:
-    """Cuts `text` after the first character of each control token, so that a tokenizer never sees one."""
-    cuts = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in control)
-    return re.split(cuts, text) if cuts else [text]
+def _any_of(texts: Sequence[str]) -> str:
+    """A regular expression for any of the texts, the longest first."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))

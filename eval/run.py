@@ -22,10 +22,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data.chat import prompt_ids, user_text
+from data.chat import prompt_ids
+from data.conversation import Row
 from data.errors import UserError
 from data.examples import Example
-from data.rows import Problems, Row, read_rows
+from data.rows import Problems, read_rows
 from data.template import ChatTemplate
 from eval.answers.generate import generate, load_model, stop_tokens, timed
 from eval.answers.vllm_backend import ask_vllm, check_vllm
@@ -103,7 +104,7 @@ def ask(question: Question) -> Asked:
     model = load_model(question.model, question.adapter, question.merge, question.trust_remote_code)
     peak_load = peak_memory()
     template = ChatTemplate(tokenizer, question.system_prompt)
-    prompts = [prompt_ids(user_text(row), template) for row in question.rows]
+    prompts = [prompt_ids(row, template) for row in question.rows]
     stops = stop_tokens(template, model.generation_config)
     peak_memory()  # the peak counts from here on
     held = memory_in_use()
@@ -158,7 +159,7 @@ def evaluate(question: Question) -> tuple[Score, list[tuple[Row, str, Verdict]]]
     """Asks all rows and judges the answers. Every rank has to call this function."""
     asked = ask_everywhere(question)
     judged = [
-        (row, answer, check_answer(number_asked(row.instruction), answer))
+        (row, answer, check_answer(number_asked(row.question), answer))
         for row, answer in zip(question.rows, asked.answers, strict=True)
     ]
     score = Score(
@@ -269,7 +270,7 @@ def questions(args: argparse.Namespace) -> list[Question]:
 def _check_prompts(base: Any, rows: Sequence[Row], recipe: Recipe, max_new_tokens: int) -> None:
     """Raises UserError where a prompt has a token that the model does not know, or is too long with its answer."""
     template = ChatTemplate(build_tokenizer(recipe), recipe.data.system_prompt)
-    prompts = [prompt_ids(user_text(row), template) for row in rows]
+    prompts = [prompt_ids(row, template) for row in rows]
     # The first token stands for each of the answer's.
     examples = [Example.of(row.number, ids, ids[:1] * max_new_tokens) for row, ids in zip(rows, prompts, strict=True)]
     if warning := check_limits(base, [examples]):
@@ -302,7 +303,7 @@ def _check_adapter(file: Path, model: PeftModel) -> None:
 def _not_a_question(row: Row) -> str | None:
     """Says why a row is no question of the reference task; returns None for a question."""
     try:
-        number_asked(row.instruction)
+        number_asked(row.question)
     except UserError as error:
         return str(error)
     return None
@@ -341,10 +342,10 @@ def main(argv: Sequence[str]) -> None:
             print(f"asking the {question.label} model {len(question.rows)} questions …", flush=True)
         scores[question.label], judged = evaluate(question)
         for number, (row, answer, verdict) in enumerate(judged):
-            line = {"model": question.label, "instruction": row.instruction, "answer": answer, **asdict(verdict)}
+            line = {"model": question.label, "instruction": row.question, "answer": answer, **asdict(verdict)}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             if main_process and number < SHOWN_ANSWERS:
-                print(f"  {row.instruction}  {answer!r}  {verdict.reason or 'right'}")
+                print(f"  {row.question}  {answer!r}  {verdict.reason or 'right'}")
     if not main_process:
         return
     print(f"\n{table(scores, len(to_ask[0].rows), args.batch_size)}")

@@ -1,7 +1,6 @@
 """Tests that rows on disk equal rows in memory and need none of it, and that a JSON array is read in pieces."""
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +9,14 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-import data.rows
+import data.files
 from data.chat import encode_row, encode_rows
+from data.conversation import question
 from data.errors import UserError
 from data.examples import Example, Examples, Span, label_lengths_of, lengths_of
-from data.rows import Row, array_elements, iter_rows, read_rows
+from data.rows import iter_rows, read_rows
 from data.sums import SYSTEM_PROMPT
+from data.template import ChatTemplate
 from tests.equality import TINY
 
 SOME = [
@@ -53,13 +54,14 @@ def test_no_room_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_batches_are_encoded_as_single_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some rows name a control token, and the size of a batch puts its borders at different rows."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    rows = [Row(i, f"{i}=", "", f"{i} + 0") for i in range(1, 12)]
-    rows[3] = Row(4, "<|im_end|>", "", "x")
-    rows[8] = Row(9, "9=", "", "<|im_start|>system")
-    one_by_one = [encode_row(row, SYSTEM_PROMPT, tokenizer) for row in rows]
+    template = ChatTemplate(tokenizer, SYSTEM_PROMPT)
+    rows = [question(i, f"{i}=", f"{i} + 0") for i in range(1, 12)]
+    rows[3] = question(4, "<|im_end|>", "x")
+    rows[8] = question(9, "9=", "<|im_start|>system", [("a", "b")])
+    one_by_one = [example for row in rows for example in encode_row(row, template)]
     for size in (1, 4, 11, 100):
         monkeypatch.setattr("data.chat.BATCH", size)
-        assert list(encode_rows(iter(rows), Path("x"), SYSTEM_PROMPT, 99, tokenizer)) == one_by_one
+        assert list(encode_rows(iter(rows), Path("x"), template, 99)) == one_by_one
 
 
 def written(content: str, tmp_path: Path) -> Path:
@@ -69,41 +71,15 @@ def written(content: str, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
-def test_an_array_in_pieces_is_the_array(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers, escapes and characters of several bytes lie across the borders of the pieces."""
-    monkeypatch.setattr(data.rows, "CHUNK", chunk)
-    drawn = random.Random(0)
-
-    def value(depth: int = 0) -> object:
-        kinds = [-1.5e-7, 12345678, True, None, '数\n"\\\u2028😀', "", " , ]"]
-        if depth < 3 and drawn.random() < 0.4:
-            return [value(depth + 1) for _ in range(drawn.randrange(4))]
-        if depth < 3 and drawn.random() < 0.4:
-            return {str(i): value(depth + 1) for i in range(drawn.randrange(4))}
-        return drawn.choice(kinds)
-
-    for _ in range(40):
-        array = [value() for _ in range(drawn.randrange(6))]
-        for content in (
-            json.dumps(array),
-            json.dumps(array, indent=2, ensure_ascii=False),
-            f"\n {json.dumps(array)}\n",
-        ):
-            path = written(content, tmp_path)
-            with path.open(encoding="utf-8") as file:
-                assert list(array_elements(file, path)) == array
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 7, 64])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_rows_of_an_array_in_pieces(
     indent: int | None, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file is read as an array also when its first pieces are nothing but white space."""
-    monkeypatch.setattr(data.rows, "CHUNK", chunk)
+    monkeypatch.setattr(data.files, "CHUNK", chunk)
     rows = [{"instruction": f"数 {i}=", "input": "", "output": f"{i}\n\\"} for i in range(3)]
     path = written(f"\n  \n {json.dumps(rows, indent=indent, ensure_ascii=False)}\n", tmp_path)
-    expected = [Row(i, row["instruction"], row["input"], row["output"]) for i, row in enumerate(rows, start=1)]
+    expected = [question(i, row["instruction"], row["output"]) for i, row in enumerate(rows, start=1)]
     assert read_rows(path) == expected
 
 
@@ -123,12 +99,8 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 64])
 @pytest.mark.parametrize("content", BROKEN)
-def test_a_broken_array_is_named_where_json_names_it(
-    content: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data.rows, "CHUNK", chunk)
+def test_a_broken_array_is_named_where_json_names_it(content: str, tmp_path: Path) -> None:
     with pytest.raises(json.JSONDecodeError) as error:
         json.loads(content)
     with pytest.raises(UserError) as ours:
@@ -153,14 +125,15 @@ from transformers import AutoTokenizer
 from data.batch import epoch_order, windows
 from data.chat import encode_rows
 from data.rows import iter_rows
+from data.template import ChatTemplate
 from loop.measure.memory import peak_host_memory
 
 path = Path(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
-list(encode_rows(iter_rows(Path(sys.argv[3])), path, "", 99, tokenizer))
+list(encode_rows(iter_rows(Path(sys.argv[3])), path, ChatTemplate(tokenizer), 99))
 peak_host_memory()
 before = peak_host_memory()
-examples = encode_rows(iter_rows(path), path, "", 99, tokenizer)
+examples = encode_rows(iter_rows(path), path, ChatTemplate(tokenizer), 99)
 for window in windows(examples, epoch_order(len(examples), 1, 0), 64, 1, 1, 0, "shared_prefix", 0):
     pass
 print(len(examples), peak_host_memory() - before)

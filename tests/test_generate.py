@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from data.chat import prompt_ids
+from data.conversation import question
 from data.sums import SYSTEM_PROMPT
 from data.template import ChatTemplate
 from eval.answers.generate import generate, load_model, stop_tokens
@@ -55,7 +56,7 @@ def test_batched_is_one_by_one(adapter: Path, merge: bool) -> None:
     tokenizer = open_tokenizer(TINY)
     model = load_model(TINY, adapter, merge)
     template = ChatTemplate(tokenizer, SYSTEM_PROMPT)
-    prompts = [prompt_ids(words, template) for words in WORDS]
+    prompts = [prompt_ids(question(1, words, ""), template) for words in WORDS]
     expected = [one_by_one(model, tokenizer, prompt, 40) for prompt in prompts]
     for batch_size in (1, 4, 100):
         answers, num_tokens = generate(model, tokenizer, prompts, {tokenizer.eos_token_id}, batch_size, 40)
@@ -104,7 +105,7 @@ def test_answers_end_where_a_server_ends_them(tmp_path: Path) -> None:
     changed = open_tokenizer(str(folder))
     assert changed.eos_token_id == other
     template = ChatTemplate(tokenizer, SYSTEM_PROMPT)
-    prompts = [prompt_ids(words, template) for words in WORDS]
+    prompts = [prompt_ids(question(1, words, ""), template) for words in WORDS]
     expected = generate(load_model(TINY), tokenizer, prompts, {end}, None, 40)
     model, asks = load_model(str(folder)), ChatTemplate(changed, SYSTEM_PROMPT)
     assert generate(model, changed, prompts, stop_tokens(asks, model.generation_config), None, 40) == expected

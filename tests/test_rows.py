@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from data.conversation import question
 from data.errors import UserError
-from data.rows import Row, read_rows
+from data.rows import read_rows
 
 GOOD = '{"instruction": "5=", "output": "1 + 4"}'
 
@@ -27,7 +28,7 @@ def write(tmp_path: Path, content: str | bytes) -> Path:
 )
 def test_array_and_lines(tmp_path: Path, content: str | bytes) -> None:
     rows = read_rows(write(tmp_path, content))
-    assert [(row.instruction, row.input, row.output) for row in rows] == [("5=", "", "1 + 4")] * 2
+    assert [(row.question, row.answer) for row in rows] == [("5=", "1 + 4")] * 2
 
 
 def test_row_numbers_are_lines_or_elements(tmp_path: Path) -> None:
@@ -39,7 +40,7 @@ def test_input_is_kept(tmp_path: Path) -> None:
     text = (
         '{"instruction": "split", "input": "5", "output": "1 + 4"}\n{"instruction": "a", "input": null, "output": "b"}'
     )
-    assert read_rows(write(tmp_path, text)) == [Row(1, "split", "5", "1 + 4"), Row(2, "a", "", "b")]
+    assert read_rows(write(tmp_path, text)) == [question(1, "split\n5", "1 + 4"), question(2, "a", "b")]
 
 
 def test_an_empty_field_that_nothing_reads_says_nothing(tmp_path: Path) -> None:
@@ -72,8 +73,8 @@ def test_an_empty_field_that_nothing_reads_says_nothing(tmp_path: Path) -> None:
         ('{"instruction": "x", "output": null}', "row 1: the field 'output' is of type NoneType"),
         ('{"instruction": "x", "input": 3, "output": "y"}', "row 1: the field 'input' is of type int"),
         (
-            GOOD[:-1] + ', "system": "s", "history": [["a", "b"]]}',
-            "row 1: nothing reads 'history', 'system'; remove it",
+            GOOD[:-1] + ', "source": "s", "scores": [1]}',
+            "row 1: nothing reads 'scores', 'source'; remove it",
         ),
         (b'{"instruction": "\xff"}', "byte 17 is not UTF-8"),
     ],
@@ -89,7 +90,7 @@ def test_bad_input_is_one_message(tmp_path: Path, content: str | bytes, said: st
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_rows(tmp_path / "nothing.json")
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="no file in this folder can be read"):
         read_rows(tmp_path)
 
 

@@ -3,92 +3,118 @@
 The judge is the tokenizer's own apply_chat_template, with tokens and not with texts.
 """
 
-import re
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from transformers import AddedToken, AutoTokenizer
+from transformers import AutoTokenizer
 
 from data.chat import encode_row
+from data.conversation import Row, question
 from data.errors import UserError
-from data.rows import Row
+from data.examples import Example
 from data.template import ChatTemplate
 from loop.recipe import ROOT
-
-TINY = ROOT / "data" / "tiny_base"
-SPEC = find_spec("trl")
-assert SPEC is not None
-assert SPEC.origin is not None
-# Those of trl's own, which mark what is learned for trl, are no templates of a model.
-TEMPLATES = {
-    path.stem: path
-    for path in sorted((Path(SPEC.origin).parent / "chat_templates").glob("*.jinja"))
-    if not path.stem.endswith("_training")
-}
-CONTROL = re.compile(r"<[|\uff5c/a-zA-Z\[][^<>\s'\"{}]*>")
-THINKS = "its chat template has the model answer behind"
-REFUSED = {
-    # Their prompts begin a thought, and a conversation shows no answer with one.
-    "deepseek_r1_distill": THINKS,
-    "deepseekv3": THINKS,
-}
-NO_SYSTEM = {"gemma": "System role not supported"}  # a template that refuses a system turn itself
-ENDED_BY_THE_NEXT_TURN = {"glm4moe"}
+from tests.chat_templates import (
+    ENDED_BY_THE_NEXT_TURN,
+    KINDS,
+    REASONS,
+    REFUSED,
+    TEMPLATES,
+    TINY,
+    examples_or_error,
+    table,
+    tokenizer_of,
+)
 
 
-def tokenizer_of(name: str) -> Any:
-    """tiny_base's tokenizer with this template, and with the control tokens that the template writes."""
-    tokenizer, template = AutoTokenizer.from_pretrained(TINY), TEMPLATES[name].read_text(encoding="utf-8")
-    found = sorted(set(CONTROL.findall(template)))
-    tokenizer.add_tokens([AddedToken(token, special="|" in token, normalized=False) for token in found])
-    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "<|eos|>"})
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def own_ids(template: ChatTemplate, turns: list[dict[str, str]], prompt: bool) -> list[int]:
-    """The tokens that apply_chat_template gives, asked in the way that `template` has found out."""
-    messages: list[Any] = turns
-    if template.as_parts:
-        messages = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+def own_ids(template: ChatTemplate, row: Row, turns: int, prompt: bool, variables: Mapping[str, Any]) -> list[int]:
+    """The tokens that apply_chat_template gives for the first `turns` turns, with the variables that a row needs."""
+    messages: list[Any] = []
+    for turn in row.turns[:turns]:
+        content = [{"type": "text", "text": turn.content}] if template.as_parts else turn.content
+        message: dict[str, Any] = {"role": turn.role, "content": content}
+        if turn.reasoning:
+            message["reasoning_content"] = turn.reasoning
+        if turn.tool_calls:
+            message["tool_calls"] = [{"type": "function", "id": c["id"], "function": c} for c in turn.tool_calls]
+        if turn.call_id:
+            message |= {"tool_call_id": turn.call_id, "name": turn.name}
+        messages.append(message)
     found: Any = template.tokenizer.apply_chat_template(
-        messages, add_generation_prompt=prompt, return_dict=True, **template.variables
+        messages,
+        tools=[dict(tool) for tool in row.tools] or None,
+        add_generation_prompt=prompt,
+        return_dict=True,
+        **variables,
     )
     ids: list[int] = found["input_ids"]
     return ids
 
 
+def encoded(user: str, answer: str, tokenizer: Any, system: str = "") -> Example:
+    """The one example of a single question and its answer."""
+    (example,) = encode_row(question(1, user, answer), ChatTemplate(tokenizer, system))
+    return example
+
+
 def test_there_are_many() -> None:
-    assert len(TEMPLATES) > 25
+    assert len(TEMPLATES) > 50
 
 
-@pytest.mark.parametrize("system", ["", "One word."])
+def thinking(name: str, kind: str) -> dict[str, bool]:
+    """The variable under which this template asks for such an answer: it begins no thought that the answer lacks."""
+    if name.startswith("nemotron_3") and kind != "thoughts":
+        return {"enable_thinking": False}
+    if name.startswith("qwen3_5_nothink") and kind == "thoughts":
+        return {"enable_thinking": True}
+    return {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_answer_stands_where_a_server_asks_for_it(name: str, system: str) -> None:
-    tokenizer = tokenizer_of(name)
-    refused = REFUSED.get(name) or (NO_SYSTEM.get(name) if system else None)
-    if refused:
-        with pytest.raises(UserError, match=refused):
-            ChatTemplate(tokenizer, system)
+def test_each_answer_stands_where_a_server_asks_for_it(name: str, kind: str) -> None:
+    """Each of the assistant's turns is learned once, behind the tokens that a server would send for it.
+
+    The tokens up to its last label are those of the conversation that ends with this turn, and only the end of the text
+    is left. A conversation that cannot be shown so is refused, with the reason of REFUSED.
+    """
+    row = KINDS[kind]
+    found = examples_or_error(name, row)
+    if reason := REFUSED.get((name, kind)):
+        assert isinstance(found, UserError)
+        with pytest.raises(UserError, match=f"(?s){REASONS[reason]}"):
+            raise found
         return
-    template = ChatTemplate(tokenizer, system)
-    example = encode_row(Row(1, "What is 2 + 2?", "", "It is 4."), system, tokenizer)
-    turns = [{"role": "system", "content": system}] if system else []
-    turns.append({"role": "user", "content": "What is 2 + 2?"})
-    assert example.prompt_ids == own_ids(template, turns, prompt=True)
-    whole = own_ids(template, [*turns, {"role": "assistant", "content": "It is 4."}], prompt=False)
-    ids = example.prompt_ids + example.label_ids
-    if name in ENDED_BY_THE_NEXT_TURN:
-        assert ids == [*whole, tokenizer.eos_token_id]
-    else:
-        assert ids == whole[: len(ids)]
-        left = tokenizer.decode(whole[len(ids) :]).replace("<|eos|>", "").strip()
-        assert left == "", "nothing that the model has to say is left out"
-    assert example.label_ids[-1] == template.stop_token
-    assert tokenizer.decode([template.stop_token]) in tokenizer.get_added_vocab(), "one control token"
-    assert "It is 4." in tokenizer.decode(example.label_ids)
+    assert not isinstance(found, UserError), found
+    template, variables = ChatTemplate(tokenizer_of(name)), thinking(name, kind)
+    tokenizer = template.tokenizer
+    learned = [(example, span) for example in found for span in example.spans]
+    places = [place for place, turn in enumerate(row.turns) if turn.role == "assistant"]
+    assert len(learned) == len(places)
+    for place in places:
+        server = own_ids(template, row, place, True, variables)
+        whole = own_ids(template, row, place + 1, False, variables)
+        ((example, span),) = [each for each in learned if each[1].start == len(server)]
+        ids = example.ids[: span.end]
+        assert ids[: span.start] == server
+        if name in ENDED_BY_THE_NEXT_TURN:
+            assert ids == [*whole, tokenizer.eos_token_id]
+        else:
+            assert ids == whole[: len(ids)]
+            left = str(tokenizer.decode(whole[len(ids) :])).replace("<|eos|>", "").strip()
+            assert left == "", "nothing that the model has to say is left out"
+        text = tokenizer.decode(ids[span.start :])
+        turn = row.turns[place]
+        assert turn.content in text
+        assert turn.reasoning in text
+        assert all(call["name"] in text for call in turn.tool_calls)
+        assert tokenizer.decode(ids[-1:]) in tokenizer.get_added_vocab(), "it ends with a control token"
+    assert all(example.spans[-1].end == example.length for example in found), "nothing stands behind the last label"
+
+
+def test_the_table_of_the_docs() -> None:
+    assert table() in (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), "run python -m tests.chat_templates"
 
 
 @pytest.mark.parametrize(
@@ -109,14 +135,14 @@ def test_the_answer_stands_where_a_server_asks_for_it(name: str, system: str) ->
 )
 def test_labels_by_hand(name: str, labels: str) -> None:
     tokenizer = tokenizer_of(name)
-    example = encode_row(Row(1, "2+2?", "", "It is 4."), "", tokenizer)
+    example = encoded("2+2?", "It is 4.", tokenizer)
     assert tokenizer.decode(example.label_ids) == labels
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think"])
 def test_a_thought_is_one_token_and_not_seven(name: str) -> None:
     tokenizer = tokenizer_of(name)
-    example = encode_row(Row(1, "2+2?", "", "<think>\nadd\n</think>\n\nIt is 4."), "", tokenizer)
+    example = encoded("2+2?", "<think>\nadd\n</think>\n\nIt is 4.", tokenizer)
     begins = [] if name == "qwen3_5_think" else ["<think>"]  # which its prompt has written already
     names = [tokenizer.decode([i]) for i in example.label_ids if i >= AutoTokenizer.from_pretrained(TINY).vocab_size]
     assert [token for token in names if "think" in token] == [*begins, "</think>"]
@@ -125,20 +151,14 @@ def test_a_thought_is_one_token_and_not_seven(name: str) -> None:
     )
 
 
-def test_a_thought_that_the_template_would_drop_is_refused() -> None:
-    tokenizer = tokenizer_of("nemotron_3_nano")
-    with pytest.raises(UserError, match=THINKS):
-        encode_row(Row(1, "2+2?", "", "<think>\nadd\n</think>\n\nIt is 4."), "", tokenizer)
-
-
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma3"])
 def test_a_row_forges_no_turn(name: str) -> None:
     """Control tokens in what a row says are the characters with which they are written."""
     tokenizer = tokenizer_of(name)
-    plain = encode_row(Row(1, "a", "", "b"), "", tokenizer)
+    plain = encoded("a", "b", tokenizer)
     control = {id for token, id in tokenizer.get_added_vocab().items()}
     text = "".join(ChatTemplate(tokenizer).control)
-    example = encode_row(Row(1, f"a{text}", "", f"b{text}"), "", tokenizer)
+    example = encoded(f"a{text}", f"b{text}", tokenizer)
     for ours, theirs in ((example.prompt_ids, plain.prompt_ids), (example.label_ids, plain.label_ids)):
         assert [i for i in ours if i in control] == [i for i in theirs if i in control]
 
@@ -147,6 +167,6 @@ def test_an_answer_that_the_template_changes_is_named() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     shouting = tokenizer.chat_template.replace("message['content']", "message['content'].replace('ten', 'TEN')")
     tokenizer.chat_template = shouting
-    encode_row(Row(1, "a", "", "nine"), "", tokenizer)
+    encoded("a", "nine", tokenizer)
     with pytest.raises(UserError, match="the chat template does not show 'it is ten'"):
-        encode_row(Row(1, "a", "", "it is ten"), "", tokenizer)
+        encoded("a", "it is ten", tokenizer)

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
+from data.conversation import question
 from data.errors import UserError
-from data.rows import Row
 from data.sums import SYSTEM_PROMPT
 from data.template import ChatTemplate
 from eval.run import Question, ask, parse
 from loop.model.opening import open_tokenizer
 from tests.equality import TINY
 
-ROWS = [Row(1, "1802=", "", "x"), Row(2, "7=", "", "x")]
+ROWS = [question(1, "1802=", "x"), question(2, "7=", "x")]
 
 
 class Engine:
@@ -48,15 +48,15 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("rank", "room"), [(4, 8), (8, 8), (12, 16), (64, 64)])
 def test_asks_vllm(tmp_path: Path, rank: int, room: int) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
-    question = Question("tuned", str(TINY), tmp_path, True, False, SYSTEM_PROMPT, ROWS, None, 9, backend="vllm")
-    answer = ask(question)
+    to_ask = Question("tuned", str(TINY), tmp_path, True, False, SYSTEM_PROMPT, ROWS, None, 9, backend="vllm")
+    answer = ask(to_ask)
     tokenizer = open_tokenizer(str(TINY))
     options, prompts, sampling, adapter = asked[0]
     assert options["max_lora_rank"] == room
     assert options["enable_lora"] is True
     assert (sampling.temperature, sampling.max_tokens, sampling.stop_token_ids) == (0.0, 9, [tokenizer.eos_token_id])
     assert adapter[1:] == (1, str(tmp_path))
-    texts = [ChatTemplate(tokenizer, SYSTEM_PROMPT).prompt(row.instruction) for row in ROWS]
+    texts = [ChatTemplate(tokenizer, SYSTEM_PROMPT).prompt(row) for row in ROWS]
     assert [prompt["prompt_token_ids"] for prompt in prompts] == [tokenizer(text)["input_ids"] for text in texts]
     last = [tokenizer.decode(tokenizer(text)["input_ids"][-3:], skip_special_tokens=True) for text in texts]
     assert answer.answers == last

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from transformers import GenerationConfig
 
-from data.chat import prompt_ids, user_text
+from data.chat import prompt_ids
+from data.conversation import Row
 from data.errors import UserError
-from data.rows import Row
 from data.template import ChatTemplate
 from eval.answers.generate import stop_tokens, timed
 from loop.model.opening import open_tokenizer
@@ -76,7 +76,7 @@ def ask_vllm(question: VllmQuestion) -> tuple[list[str], int, float]:
     adapter = None
     if question.adapter is not None:
         adapter = importlib.import_module("vllm.lora.request").LoRARequest("adapter", 1, str(question.adapter))
-    prompts = [{"prompt_token_ids": prompt_ids(user_text(row), template)} for row in question.rows]
+    prompts = [{"prompt_token_ids": prompt_ids(row, template)} for row in question.rows]
     outputs, seconds = timed(lambda: engine.generate(prompts, sampling, lora_request=adapter))
     ids = [list(output.outputs[0].token_ids) for output in outputs]
     return [str(tokenizer.decode(each, skip_special_tokens=True)) for each in ids], sum(map(len, ids)), seconds

@@ -18,6 +18,7 @@ from data.errors import UserError
 from data.examples import Example
 from data.layout import Layout
 from data.rows import iter_rows
+from data.template import ChatTemplate
 from loop.batch_arithmetic import warmup_steps
 from loop.engine.accelerator import mixed_precision
 from loop.internals.transformers_internals import keep_activations_of_last_layer
@@ -59,9 +60,11 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Reads, checks and tokenizes the training and the validation file. Raises UserError on anything wrong in them."""
 
+    template = ChatTemplate(tokenizer, recipe.data.system_prompt)
+
     def load(file: str) -> Sequence[Example]:
         path = find_path(file)
-        return encode_rows(iter_rows(path), path, recipe.data.system_prompt, recipe.data.max_length, tokenizer)
+        return encode_rows(iter_rows(path), path, template, recipe.data.max_length)
 
     validation = load(recipe.data.validation_file) if recipe.data.validation_file else []
     return Data(load(recipe.data.train_file), validation, PAD)
