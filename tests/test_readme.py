@@ -51,7 +51,7 @@ PROMISES = {
     "The base model answers": "test_tiny_base.py::test_base_refuses_the_task_and_can_split_in_words",
     "This is a step of the optimizer": "test_readme.py::test_the_step_in_readme_is_the_step",
     "The loss is the mean over the label tokens": "distributed/test_stages.py::test_is_the_reference",
-    "The labels are what the model's chat template makes": "test_template.py::test_the_answer_stands_where_a_server",
+    "The labels are what the model's chat template makes": "test_template.py::test_each_answer_stands_where_a_server",
     "Under DeepSpeed one call of the engine clips": "distributed/test_stages.py::test_is_the_reference",
     "| `zero0` `zero1` `zero2` `zero3` |": "distributed/test_stages.py::test_is_the_reference",
     "| `zero2_offload` `zero3_offload` |": "distributed/test_stages.py::test_is_the_reference",

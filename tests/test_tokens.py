@@ -18,11 +18,8 @@ from tests.chat_templates import TINY
 
 CONTROL = ["<s>", "</s>", "<|turn|>"]
 CORPUS = [
-    "the ten men met then",
-    "write <b>ten</b> and <s>ten</s>  twice",
-    "one  two   three\n\nfour\n",
-    *["a\n\nb"] * 9,
-    "s < t > u",
+    *("the ten men met then", "write <b>ten</b> and <s>ten</s>  twice", "one  two   three\n\nfour\n", "s < t > u"),
+    *["a\n\n\nb x | /"] * 9,
 ]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|turn|>' + m['role'] + '\n' + m['content'] + '</s>' }}{% endfor %}"
@@ -137,7 +134,7 @@ def test_an_answer_that_a_tokenizer_would_join_to_its_prompt() -> None:
     two answers cannot stand in one text.
     """
     bare = byte_level()
-    assert len(bare.encode("\n\n").ids) == 1
+    assert len(bare.encode("\n\n\nb").ids) == 3
     tokenizer = wrapped(bare)
     template = ChatTemplate(tokenizer)
     first, second = encode_row(question(1, "b", "two", [("a", "\n\nten")]), template)
