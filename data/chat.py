@@ -73,12 +73,7 @@ def _characters(row: Row) -> int:
 
 def encode_batch(rows: Sequence[Row], template: ChatTemplate) -> list[list[Example] | UserError]:
     """Tokenizes `rows`; an error stands in the place of a row that cannot be learned as it is."""
-    rendered: list[list[Rendering] | UserError] = []
-    for row in rows:
-        try:
-            rendered.append(_plain(row, template) if row.plain is not None else template.renderings(row))
-        except UserError as error:
-            rendered.append(error)
+    rendered = _renderings(rows, template)
     pieces = [_Pieces(one, template) for each in rendered if isinstance(each, list) for one in each]
     try:
         ids = iter(template.encoder.ids([text for piece in pieces for text in piece.texts]))
@@ -98,6 +93,18 @@ def encode_batch(rows: Sequence[Row], template: ChatTemplate) -> list[list[Examp
         else:
             result.append(examples)
     return result
+
+
+def _renderings(rows: Sequence[Row], template: ChatTemplate) -> list[list[Rendering] | UserError]:
+    """The renderings of each row, or what is wrong with it."""
+    of_turns = iter(template.renderings_of([row for row in rows if row.plain is None]))
+    found: list[list[Rendering] | UserError] = []
+    for row in rows:
+        try:
+            found.append(next(of_turns) if row.plain is None else _plain(row, template))
+        except UserError as error:
+            found.append(error)
+    return found
 
 
 def _plain(row: Row, template: ChatTemplate) -> list[Rendering]:

@@ -1,12 +1,16 @@
 """Keeps tokenized rows on disk: memory holds only a few numbers for each row, however many rows there are."""
 
 import hashlib
+import mmap
 import os
+import struct
 import tempfile
+import weakref
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from itertools import islice
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,45 +66,102 @@ class Example:
         return sum(end - start for start, end, _ in self.spans)
 
 
+class Packed(NamedTuple):
+    """Holds examples in a few arrays, which travel fast from a worker process to another process."""
+
+    rows: "array[int]"  # for each example: the number of its row, of its tokens, of its labels and of its spans
+    lengths: "array[int]"
+    labels: "array[int]"
+    num_spans: "array[int]"
+    spans: "array[float]"  # three numbers for each span
+    tokens: "array[int]"
+    digests: bytes  # one after the other, see _digest
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> "Packed":
+        """Packs `examples`."""
+        digests = bytearray()
+        rows, lengths, labels, num_spans = (array(NUMBERS) for _ in range(4))
+        packed = cls(rows, lengths, labels, num_spans, array(WEIGHTS), array(TOKEN), b"")
+        for example in examples:
+            packed.rows.append(example.row)
+            packed.lengths.append(example.length)
+            packed.labels.append(example.num_labels)
+            digests += _digest(example)
+            packed.num_spans.append(len(example.spans))
+            packed.spans.extend(number for span in example.spans for number in span)
+            packed.tokens.extend(example.ids)
+        return packed._replace(digests=bytes(digests))
+
+
 class Examples(Sequence[Example]):
     """Keeps examples in a temporary file, which disappears with the process; each access reads one example.
 
-    The file is read by position and not mapped into memory, so that an example that was read does not stay in this
-    process's memory. The constructor raises UserError when the file cannot be written.
+    The tokens are read by position and not mapped into memory, so that an example that was read does not stay in this
+    process's memory. A few numbers for each example are mapped, and all processes of a machine share them.
     """
 
     def __init__(self, examples: Iterable[Example]) -> None:
-        rows, ends, labels = array(NUMBERS), array(NUMBERS, [0]), array(NUMBERS)
-        spans: array[float] = array(WEIGHTS)  # three numbers for each span
-        span_ends = array(NUMBERS, [0])
-        content, self.largest_id = hashlib.sha256(), 0  # the largest token id of all examples
+        """Raises UserError when the file cannot be written."""
+        self._write(Packed.of(batch) for batch in _batches(examples))
+
+    @classmethod
+    def of_packed(cls, packed: Iterable[Packed]) -> "Examples":
+        """Keeps the examples of each of `packed`. Raises UserError when the file cannot be written."""
+        examples = cls.__new__(cls)
+        examples._write(packed)
+        return examples
+
+    def _write(self, packed: Iterable[Packed]) -> None:
+        arrays = {name: array(NUMBERS) for name in ("rows", "lengths", "num_spans", "labels")}
+        arrays["spans"] = array(WEIGHTS)
+        content, largest, size = hashlib.sha256(), 0, 0  # the largest token id of all examples
         try:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as this object
-            for example in examples:
-                tokens = array(TOKEN, example.ids)
-                tokens.tofile(self._file)
-                _add(example, content)
-                self.largest_id = max(self.largest_id, max(tokens))
-                rows.append(example.row)
-                ends.append(ends[-1] + len(tokens))
-                labels.append(example.num_labels)
-                spans.extend(number for span in example.spans for number in span)
-                span_ends.append(len(spans) // 3)
-            self._file.flush()
+            file = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as this object
+            for part in packed:
+                part.tokens.tofile(file)
+                size += len(part.tokens) * part.tokens.itemsize
+                largest = max(largest, max(part.tokens, default=0))
+                content.update(part.digests)
+                for name, values in arrays.items():
+                    values.extend(getattr(part, name))
+            places = {}
+            file.write(bytes(-size % 8))
+            at = size + -size % 8
+            for name, values in arrays.items():
+                places[name] = (at, len(values))
+                values.tofile(file)
+                at += len(values) * values.itemsize
+            file.flush()
         except OSError as error:
             raise UserError(
                 f"{tempfile.gettempdir()}: the tokenized rows cannot be written ({error.strerror}). Make room, or set "
                 "TMPDIR to a folder on a disk that has some."
             ) from error
-        self.sha256 = content.hexdigest()  # of all examples, in their order
-        self._rows, self._ends = np.array(rows, np.int64), np.array(ends, np.int64)
-        self._spans, self._span_ends = np.array(spans, np.float64).reshape(-1, 3), np.array(span_ends, np.int64)
-        self.label_lengths: NDArray[np.int64] = np.array(labels, np.int64)  # labels of each example
+        self._attach(os.dup(file.fileno()), {"places": places, "sha256": content.hexdigest(), "largest": largest})
+        file.close()
 
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Counts the tokens of each example."""
-        return np.diff(self._ends)
+    @classmethod
+    def attach(cls, fd: int, description: dict[str, Any]) -> "Examples":
+        """Opens the examples of another process, given an open descriptor of its file and `description`."""
+        examples = cls.__new__(cls)
+        examples._attach(fd, description)
+        return examples
+
+    def _attach(self, fd: int, description: dict[str, Any]) -> None:
+        self.fd, self.description = fd, description
+        weakref.finalize(self, os.close, fd)
+        self.sha256, self.largest_id = str(description["sha256"]), int(description["largest"])
+        mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ) if os.fstat(fd).st_size else b""
+
+        def mapped_array(name: str, kind: type[Any]) -> NDArray[Any]:
+            at, count = description["places"][name]
+            return np.frombuffer(mapped, kind, count, at)
+
+        self._rows, self._spans = mapped_array("rows", np.int64), mapped_array("spans", np.float64).reshape(-1, 3)
+        self.lengths: NDArray[np.int64] = mapped_array("lengths", np.int64)  # tokens of each example
+        self.label_lengths: NDArray[np.int64] = mapped_array("labels", np.int64)  # labels of each example
+        self._ends, self._span_ends = self.lengths.cumsum(), mapped_array("num_spans", np.int64).cumsum()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -115,11 +176,37 @@ class Examples(Sequence[Example]):
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         i %= len(self)
-        start, end = int(self._ends[i]), int(self._ends[i + 1])
+        end, count = int(self._ends[i]), int(self.lengths[i])
         tokens = array(TOKEN)
-        tokens.frombytes(os.pread(self._file.fileno(), (end - start) * tokens.itemsize, start * tokens.itemsize))
-        spans = self._spans[self._span_ends[i] : self._span_ends[i + 1]].tolist()
+        tokens.frombytes(os.pread(self.fd, count * tokens.itemsize, (end - count) * tokens.itemsize))
+        before = self._span_ends[i - 1] if i else 0
+        spans = self._spans[before : self._span_ends[i]].tolist()
         return Example(int(self._rows[i]), tokens.tolist(), tuple(Span(int(a), int(b), w) for a, b, w in spans))
+
+
+class Selected(Sequence[Example]):
+    """Stands for chosen examples of `examples`, in a given order; an example may stand there several times."""
+
+    def __init__(self, examples: Examples, order: NDArray[np.int64]) -> None:
+        self.examples, self.order = examples, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @overload
+    def __getitem__(self, i: int) -> Example: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Example]: ...
+    def __getitem__(self, i: int | slice) -> Example | list[Example]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        return self.examples[int(self.order[i])]
+
+
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    rest = iter(examples)
+    while batch := list(islice(rest, 1000)):
+        yield batch
 
 
 def sha256_of(examples: Sequence[Example], first: int | None = None) -> str:
@@ -128,19 +215,21 @@ def sha256_of(examples: Sequence[Example], first: int | None = None) -> str:
         return examples.sha256
     content = hashlib.sha256()
     for i in range(len(examples) if first is None else first):
-        _add(examples[i], content)
+        content.update(_digest(examples[i]))
     return content.hexdigest()
 
 
-def _add(example: Example, content: "hashlib._Hash") -> None:
-    """Adds tokens and spans to a hash; the two numbers before them keep this example apart from the next."""
-    content.update(array(NUMBERS, [example.length, len(example.spans)]))
-    content.update(array(WEIGHTS, [number for span in example.spans for number in span]))
-    content.update(array(TOKEN, example.ids))
+def _digest(example: Example) -> bytes:
+    """A hash of the tokens and the spans; the two numbers before them keep them apart."""
+    spans = [number for span in example.spans for number in span]
+    head = struct.pack(f"qq{len(spans)}d", example.length, len(example.spans), *spans)
+    return hashlib.sha256(head + array(TOKEN, example.ids).tobytes()).digest()
 
 
 def largest_id_of(examples: Sequence[Example]) -> int:
     """Returns the largest token id in the examples."""
+    if isinstance(examples, Selected):
+        examples = examples.examples
     if isinstance(examples, Examples):
         return examples.largest_id
     return max(max(example.ids) for example in examples)
@@ -148,6 +237,8 @@ def largest_id_of(examples: Sequence[Example]) -> int:
 
 def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
     """Returns the number of tokens of each example."""
+    if isinstance(examples, Selected):
+        return examples.examples.lengths[examples.order]
     if isinstance(examples, Examples):
         return examples.lengths
     return np.array([example.length for example in examples], np.int64)
@@ -155,6 +246,8 @@ def lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
 
 def label_lengths_of(examples: Sequence[Example]) -> NDArray[np.int64]:
     """Returns the number of labels of each example."""
+    if isinstance(examples, Selected):
+        return examples.examples.label_lengths[examples.order]
     if isinstance(examples, Examples):
         return examples.label_lengths
     return np.array([example.num_labels for example in examples], np.int64)

@@ -7,6 +7,7 @@ dropped without a word.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from data.conversation import Row, Turn, question
@@ -37,26 +38,33 @@ def read_row(number: int, value: Any, columns: Mapping[str, str] | None = None) 
     """
     if not isinstance(value, dict):
         raise BadRow(f"is of type {type(value).__name__}; give an object with the fields instruction and output")
-    fields = _renamed(value, columns or {})
-    found = [name for name, (needs, _, _) in FORMATS.items() if all(key in fields for key in needs)]
-    if len(found) > 1:
-        raise BadRow(
-            f"has the fields of two formats, {found[0]} and {found[1]}; leave one out with data.columns: "
-            f"{{{FORMATS[found[1]][0][0]}: {IGNORED}}}"
-        )
-    # A row of no format is most often alpaca with a field missing, unless it has a part of another format.
-    part = [name for name, (needs, _, _) in FORMATS.items() if any(key in fields for key in needs)]
-    name = (found or part or ["alpaca"])[0]
+    fields = _renamed(value, columns) if columns else value
+    name = _format_of(tuple(fields))
     needs, may, read = FORMATS[name]
-    for key in needs:
-        if key not in fields:
-            raise BadRow(f"the field {key!r} is missing; add it")
     _no_others(fields, (*needs, *may), needs[0])
     row = read(number, fields)
     for key, content in fields.items():
         if not _is_text(content):
             raise BadRow(f"the field {key!r} has half of a surrogate pair, which is no character; remove it")
     return name, row
+
+
+@lru_cache
+def _format_of(keys: tuple[Any, ...]) -> str:
+    """Returns the name of the format that has these keys. Raises BadRow where no format or two have them."""
+    found = [name for name, (needs, _, _) in FORMATS.items() if all(key in keys for key in needs)]
+    if len(found) > 1:
+        raise BadRow(
+            f"has the fields of two formats, {found[0]} and {found[1]}; leave one out with data.columns: "
+            f"{{{FORMATS[found[1]][0][0]}: {IGNORED}}}"
+        )
+    # A row of no format is most often alpaca with a field missing, unless it has a part of another format.
+    part = [name for name, (needs, _, _) in FORMATS.items() if any(key in keys for key in needs)]
+    name = (found or part or ["alpaca"])[0]
+    for key in FORMATS[name][0]:
+        if key not in keys:
+            raise BadRow(f"the field {key!r} is missing; add it")
+    return name
 
 
 def _renamed(value: Fields, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -73,7 +81,8 @@ def _renamed(value: Fields, columns: Mapping[str, str]) -> dict[str, Any]:
 
 def _no_others(fields: Fields, known: Sequence[str], instead: str) -> None:
     """Raises BadRow where a field says something that nothing reads."""
-    unknown = sorted(str(key) for key in fields if key not in known and fields[key] not in (None, "", [], {}))
+    unknown = [key for key in fields if key not in known]
+    unknown = sorted(str(key) for key in unknown if fields[key] not in (None, "", [], {}))
     if unknown:
         names = ", ".join(map(repr, unknown))[:200]
         raise BadRow(

@@ -53,16 +53,16 @@ class Masks:
     def in_row(self, row: Row, thoughts_in_content: bool) -> Row:
         """Returns the row with masks in all that is said. With `thoughts_in_content` the marks of a thought at the
         beginning of an answer stay: the template has no field for it."""
-        turns = tuple(
-            replace(
-                turn,
-                content=self._answer(turn.content) if thoughts_in_content else self.hide(turn.content),
-                reasoning=self.hide(turn.reasoning),
-                tool_calls=self.hide(turn.tool_calls),
-            )
-            for turn in row.turns
+        turns = tuple(self._in_turn(turn, thoughts_in_content) for turn in row.turns)
+        return Row(row.number, turns, self.hide(row.tools))
+
+    def _in_turn(self, turn: Turn, thoughts_in_content: bool) -> Turn:
+        content = self._answer(turn.content) if thoughts_in_content else self.hide(turn.content)
+        if content == turn.content and not turn.reasoning and not turn.tool_calls:
+            return turn
+        return replace(
+            turn, content=content, reasoning=self.hide(turn.reasoning), tool_calls=self.hide(turn.tool_calls)
         )
-        return replace(row, turns=turns, tools=self.hide(row.tools))
 
     def _answer(self, content: str) -> str:
         found = LEADING_THOUGHT.fullmatch(content)

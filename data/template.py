@@ -66,6 +66,7 @@ class ChatTemplate:
         self.masks: Masks = self.encoder.masks
         self.system_prompt: str = self.masks.hide(system_prompt)
         self._each_control = re.compile(_any_of(self.control) or "(?!)")  # (?!) is nowhere
+        self.longest_token = max(map(len, tokenizer.get_vocab()))  # characters
         self.arguments_as_text = False
         self.reasoning: str | None = None
         prompt, whole = self._try()
@@ -164,8 +165,8 @@ class ChatTemplate:
             thoughts, calls = self.reasoning is not None, "<tool_call>" in self.control
             turns = [read_markup(turn, thoughts, calls) if turn.role == "assistant" else turn for turn in turns]
         in_content = self.parse and self.reasoning is None and "<think>" in self.control
-        row = self.masks.in_row(replace(row, turns=tuple(turns)), in_content)
-        return replace(row, turns=tuple(self._with_system(row.turns)))
+        masked = self.masks.in_row(Row(row.number, tuple(turns), row.tools), in_content)
+        return Row(row.number, tuple(self._with_system(masked.turns)), masked.tools)
 
     def prompt(self, row: Row) -> str:
         """What a server sends to have the row's last answer generated.
@@ -180,6 +181,31 @@ class ChatTemplate:
                 continue
         return self._render(row.turns[:-1], row.tools, True, self.variables)
 
+    def renderings_of(self, rows: Sequence[Row]) -> list[list[Rendering] | UserError]:
+        """What the model reads and learns of each row; an error stands in the place of a row that cannot be shown.
+
+        The rows of a single question are rendered all at once, which takes a third of the time.
+        """
+        simple: dict[int, Row] = {}
+        for i, row in enumerate(rows):
+            try:
+                if self._is_one_question(row):
+                    simple[i] = self._prepared(row)
+            except UserError:
+                continue
+        texts = dict(zip(simple, self._render_all([row.turns for row in simple.values()]), strict=True))
+        found: list[list[Rendering] | UserError] = []
+        for i, row in enumerate(rows):
+            one = self._of_one_question(simple[i], texts[i]) if i in simple else None
+            try:
+                found.append([one] if one is not None else self.renderings(row))
+            except UserError as error:
+                found.append(error)
+        return found
+
+    def _is_one_question(self, row: Row) -> bool:
+        return len(row.turns) == 2 and not row.tools and not row.turns[1].tool_calls
+
     def renderings(self, row: Row) -> list[Rendering]:
         """What the model reads and learns of the row's conversation.
 
@@ -188,8 +214,6 @@ class ChatTemplate:
         template does not show what the row says, or writes an answer where no server asks for it.
         """
         row = self._prepared(row)
-        if (one := self._of_one_question(row)) is not None:
-            return [one]
         problem = None
         for variables in self._candidates(row):
             try:
@@ -203,16 +227,11 @@ class ChatTemplate:
         others = VARIABLES if any(turn.reasoning for turn in row.turns) else VARIABLES[:3]
         return [self.variables, *(each for each in others if each != self.variables)]
 
-    def _of_one_question(self, row: Row) -> Rendering | None:
-        """The rendering of a single question and answer; None where it takes more than a look at one text."""
+    def _of_one_question(self, row: Row, whole: str | None) -> Rendering | None:
+        """The rendering of a single question and answer; None where it takes more than a look at the text `whole`."""
         user, answer = row.turns[-2:]
-        if len(row.turns) != 1 + len(self._with_system([user])) or row.tools or answer.tool_calls:
-            return None
-        if row.turns[0] is not user and row.turns[0].content != self.system_prompt:
-            return None
-        whole = self._render(row.turns, (), False, self.variables)
         prompt = f"{self.before}{user.content}{self.after}"
-        if not whole.startswith(prompt):  # the template changes what the user says; it may strip blanks
+        if whole is None or not whole.startswith(prompt):  # the template changes what the user says: it may strip it
             return None
         try:
             learned = self._learned(prompt, whole, answer)
@@ -295,6 +314,15 @@ class ChatTemplate:
                     "leave data.system_prompt empty."
                 ) from error
         raise AssertionError("one of both ways returns or raises")
+
+    def _render_all(self, conversations: Sequence[Sequence[Turn]]) -> list[str | None]:
+        """The text of each conversation; None for all where the template fails for one."""
+        messages = [[self._message(turn, False) for turn in turns] for turns in conversations]
+        try:
+            texts: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, **self.variables)
+        except Exception:  # the caller asks for one after the other, and names the one that fails
+            return [None] * len(messages)
+        return list(texts)
 
     def _message(self, turn: Turn, arguments_as_text: bool) -> dict[str, Any]:
         """The turn as templates take it."""

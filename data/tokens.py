@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -20,19 +21,38 @@ class Encoder:
         self._names = {token: chr(NAMES + i) for i, token in enumerate(control)}
         longest_first = sorted(control, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first))) if control else None
+        # A tokenizer cuts a text at these tokens before anything else, so that what stands before and behind one can be
+        # tokenized apart; but where a token takes the blanks before it with it, this is not so.
+        known = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+        cut = control and not any(known[token].lstrip or known[token].single_word for token in control)
+        self._before = re.compile(f"(?={self._any.pattern})") if cut and self._any else None
         self._plain: Tokenizer | None = None
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text. Raises UserError for a mask under a tokenizer that is written in Python."""
-        masked = [i for i, text in enumerate(texts) if RESERVED.search(text)]
-        found = self._ids([*texts]) if len(masked) < len(texts) else [[] for _ in texts]
-        for i in masked:
-            found[i] = self._ids_of_masked(texts[i])
-        return found
+        # Most pieces between control tokens are the same in many texts, and are tokenized once.
+        pieces = [[text] if self._before is None or RESERVED.search(text) else self._cut(text) for text in texts]
+        unique = dict.fromkeys(piece for each in pieces for piece in each)
+        plain = [piece for piece in unique if not RESERVED.search(piece)]
+        found = dict(zip(plain, self._ids(plain), strict=True))
+        found |= {piece: self._ids_of_masked(piece) for piece in unique if piece not in found}
+        return [found[each[0]] if len(each) == 1 else list(chain(*map(found.__getitem__, each))) for each in pieces]
+
+    def _cut(self, text: str) -> list[str]:
+        """The text in pieces, each of which begins with a control token; the first may begin otherwise."""
+        assert self._before is not None
+        return [piece for piece in self._before.split(text) if piece] or [text]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        backend: Tokenizer | None = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None and not getattr(self.tokenizer, "split_special_tokens", False):
+            backend.no_padding()  # a call of the tokenizer sets both anew
+            backend.no_truncation()
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-        ids: list[list[int]] = self.tokenizer(texts, **options)["input_ids"] if texts else []
+        ids: list[list[int]] = self.tokenizer(texts, **options)["input_ids"]
         return ids
 
     def _ids_of_masked(self, text: str) -> list[int]:

@@ -1,0 +1,260 @@
+"""Reads and tokenizes the files of a run: in several processes where the files are large, and once for a machine."""
+
+import hashlib
+import multiprocessing
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data.chat import encode_batch
+from data.conversation import Row
+from data.errors import UserError
+from data.examples import Example, Examples, Packed, Selected, Span
+from data.files import Record, files_of, records
+from data.formats import BadRow, read_row
+from data.rows import Problems
+from data.template import ChatTemplate
+
+BATCH = 1000  # rows that a process reads and tokenizes at once
+INLINE = 4  # batches of a file that this process tokenizes by itself, before it starts others to help
+AHEAD = 3  # batches for each process that wait for it or for being written
+
+TooLong = Literal["error", "drop", "cut"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Says how rows are read: what the recipe's section `data` says beside the names of the files."""
+
+    template: ChatTemplate
+    max_length: int  # tokens that the model reads of a row at most
+    too_long: TooLong = "error"
+    validation_share: float = 0.0  # of the training rows, which become validation rows
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Tally:
+    """Counts what became of the rows of a file. A row becomes several examples under some chat templates."""
+
+    rows: int = 0
+    examples: int = 0
+    dropped: int = 0  # examples that were too long
+    cut: int = 0  # examples of which the end was cut off
+    unlabelled: int = 0  # examples that were left out, because no label was left after the cut
+
+    def add(self, other: "Tally") -> None:
+        """Adds the counts of another."""
+        for name, count in asdict(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+    def told(self) -> str:
+        """What happened to rows that are not simply learned; nothing where there are none."""
+        parts = [f"{self.rows:,} rows became {self.examples:,} examples"] if self.examples > self.rows else []
+        parts += [f"{self.dropped:,} too long and dropped"] if self.dropped else []
+        parts += [f"{self.cut:,} cut"] if self.cut else []
+        parts += [f"{self.unlabelled:,} left out, because the cut left no label"] if self.unlabelled else []
+        return ", ".join(parts)
+
+
+@dataclass
+class Encoded:
+    """Holds what became of a batch of records."""
+
+    train: Packed
+    validation: Packed
+    tally: Tally
+    formats: dict[str, list[int]]  # the numbers of the rows of each format
+    problems: dict[int, str]  # by the number of the row
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Holds the examples of some files. `held_out` are those of validation_share."""
+
+    examples: Examples
+    held_out: Examples
+    tallies: dict[str, Tally]  # by file
+
+
+def load(files: Iterable[str | Path], reading: Reading) -> Loaded:
+    """Reads and tokenizes all rows of files and folders, in their order.
+
+    Raises UserError, which names the file, the row and the fix: where a file cannot be read, where rows are bad (all
+    are counted, and the first ten shown), and where a row is too long and `too_long` is error.
+    """
+    tallies: dict[str, Tally] = {}
+    parts: list[Packed] = []
+
+    def train() -> Iterator[Packed]:
+        for name in files:
+            for path in files_of(Path(name)):
+                tallies[str(path)] = Tally()
+                for encoded in _encode_file(path, reading, tallies[str(path)]):
+                    parts.append(encoded.validation)
+                    yield encoded.train
+
+    examples = Examples.of_packed(train())
+    return Loaded(examples, Examples.of_packed(parts), tallies)
+
+
+def _encode_file(path: Path, reading: Reading, tally: Tally) -> Iterator[Encoded]:
+    """Yields the batches of a file in their order, and raises UserError at its end where rows are bad."""
+    problems, first = Problems(), None
+    for batch, encoded in _encode_all(_batches(records(path)), reading):
+        tally.add(encoded.tally)
+        first = first or next(iter(encoded.formats), None)
+        others = {
+            number: f"is of the format {name}, and the rows before it are of {first}; use two files"
+            for name, numbers in encoded.formats.items()
+            for number in numbers
+            if name != first
+        }
+        for number, _, _ in batch:
+            problem = encoded.problems.get(number) or others.get(number)
+            problems.add(f"row {number}: {problem}" if problem else None)
+        yield encoded
+    problems.fail(path)
+    if not problems.total:
+        raise UserError(f"{path}: no rows. Give at least one object with the fields instruction and output.")
+
+
+def _batches(rows: Iterator[Record]) -> Iterator[list[Record]]:
+    while batch := list(islice(rows, BATCH)):
+        yield batch
+
+
+def _encode_all(batches: Iterator[list[Record]], reading: Reading) -> Iterator[tuple[list[Record], Encoded]]:
+    """Encodes the batches in their order; after the first few, as many processes help as there are cores."""
+    for batch in islice(batches, INLINE):
+        yield batch, encode_records(batch, reading)
+    following = next(batches, None)
+    if following is None:
+        return
+    workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if workers == 1:
+        for batch in (following, *batches):
+            yield batch, encode_records(batch, reading)
+        return
+    # A forked process has the tokenizer and the template at once; this process has started no threads so far that a
+    # fork could disturb, and tokenizers is told to start none in the others.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, context, _become_worker, (reading,)) as pool:
+        waiting: deque[tuple[list[Record], Future[Encoded]]] = deque([(following, pool.submit(_work, following))])
+        while waiting:
+            for batch in islice(batches, AHEAD * workers - len(waiting)):
+                waiting.append((batch, pool.submit(_work, batch)))
+            batch, future = waiting.popleft()
+            yield batch, future.result()
+
+
+_READING: list[Reading] = []  # of a worker process
+
+
+def _become_worker(reading: Reading) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _READING.append(reading)
+
+
+def _work(batch: list[Record]) -> Encoded:
+    return encode_records(batch, _READING[0])
+
+
+def encode_records(batch: list[Record], reading: Reading) -> Encoded:
+    """Reads and tokenizes some records of a file."""
+    formats: dict[str, list[int]] = {}
+    problems: dict[int, str] = {}
+    rows: list[Row] = []
+    for number, value, problem in batch:
+        if problem:
+            problems[number] = problem
+            continue
+        try:
+            name, row = read_row(number, value, reading.columns)
+        except BadRow as error:
+            problems[number] = str(error)
+            continue
+        formats.setdefault(name, []).append(number)
+        rows.append(row)
+    train: list[Example] = []
+    validation: list[Example] = []
+    tally = Tally(rows=len(batch))
+    for row, examples in _encoded(rows, reading, problems):
+        kept = [fitting for example in examples if (fitting := _fitted(example, reading, tally, problems))]
+        tally.examples += len(kept)
+        (validation if _is_held_out(row, reading.validation_share) else train).extend(kept)
+    return Encoded(Packed.of(train), Packed.of(validation), tally, formats, problems)
+
+
+def _encoded(rows: list[Row], reading: Reading, problems: dict[int, str]) -> Iterator[tuple[Row, list[Example]]]:
+    """Yields each good row with its examples, and adds to `problems` what is wrong with the others."""
+    # Characters that max_length tokens can have: a row with more is surely too long, and may be too much for the
+    # tokenizer.
+    most = reading.max_length * reading.template.longest_token
+    fitting = []
+    for row in rows:
+        characters = sum(map(len, row.plain or ())) + sum(len(turn.content) for turn in row.turns)
+        if characters <= most or reading.too_long == "cut":
+            fitting.append(row)
+        elif reading.too_long == "error":
+            problems[row.number] = _too_long(f"{characters:,} characters", reading)
+        else:
+            yield row, [Example(row.number, [0] * (reading.max_length + 1), ())]
+    for row, examples in zip(fitting, encode_batch(fitting, reading.template), strict=True):
+        if isinstance(examples, UserError):
+            problems[row.number] = str(examples)
+        else:
+            yield row, examples
+
+
+def _fitted(example: Example, reading: Reading, tally: Tally, problems: dict[int, str]) -> Example | None:
+    """The example, cut where it is too long; None where it is left out, which is counted."""
+    most = reading.max_length
+    if example.length <= most:
+        return example
+    if reading.too_long == "error":
+        problems[example.row] = _too_long(f"{example.length} tokens", reading)
+        return None
+    if reading.too_long == "drop":
+        tally.dropped += 1
+        return None
+    spans = tuple(Span(start, min(end, most), weight) for start, end, weight in example.spans if start < most)
+    if not spans:
+        tally.unlabelled += 1
+        return None
+    tally.cut += 1
+    return Example(example.row, example.ids[:most], spans)
+
+
+def _too_long(size: str, reading: Reading) -> str:
+    said = f"raise data.max_length ({reading.max_length}), or set data.too_long: drop or cut for such rows"
+    return f"{size}; shorten it, {said}"
+
+
+def _is_held_out(row: Row, share: float) -> bool:
+    """Whether a row is a validation row, by a hash of what it says: adding rows to a file moves none of the others."""
+    if not share:
+        return False
+    content = repr((row.turns, row.tools, row.plain)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(content).digest()[:8]) < share * 2**64
+
+
+def repeated(examples: Examples, counts: Iterable[tuple[int, int]]) -> Examples | Selected:
+    """The examples of several files, those of each as often as is asked: pairs of a number of examples and of times."""
+    counts = list(counts)
+    if all(times == 1 for _, times in counts):
+        return examples
+    order: list[Any] = []
+    start = 0
+    for count, times in counts:
+        order += [np.arange(start, start + count)] * times
+        start += count
+    return Selected(examples, np.concatenate(order))
