@@ -59,14 +59,13 @@ import json, sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
 from data.batch import epoch_order, windows
-from data.chat import encode_rows
-from data.rows import iter_rows
+from data.load import Reading, load
 from data.template import ChatTemplate
 from loop.measure.memory import peak_host_memory
 
 path, tokenizer = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2])
 begun = time.perf_counter()
-examples = encode_rows(iter_rows(path), path, ChatTemplate(tokenizer), 99)
+examples = load({str(path): 1}, [], Reading(ChatTemplate(tokenizer), 99)).train
 read = time.perf_counter() - begun
 seconds = []
 begun = time.perf_counter()

@@ -14,9 +14,8 @@ import transformers
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, set_seed
 
-from data.chat import encode_rows
 from data.examples import Example
-from data.rows import read_rows
+from data.load import Reading, load
 from data.sums import SYSTEM_PROMPT
 from data.template import ChatTemplate
 from loop.recipe import ROOT, Recipe, parse_recipe
@@ -94,7 +93,7 @@ def write_tiny(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.save_pretrained(folder)
     path = ROOT / "data" / "math" / "math_train_1798.json"
-    write_rows(folder, encode_rows(read_rows(path), path, ChatTemplate(tokenizer, SYSTEM_PROMPT), 99))
+    write_rows(folder, load({str(path): 1}, [], Reading(ChatTemplate(tokenizer, SYSTEM_PROMPT), 99)).train)
 
 
 def write_rows(folder: Path, examples: Sequence[Example]) -> None:

@@ -1,16 +1,13 @@
 """Turns rows into token ids: what the model reads, and which of it is learned."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Sequence
 
 from data.conversation import Row
 from data.errors import UserError
-from data.examples import Example, Examples, Span
-from data.rows import Problems
+from data.examples import Example, Span
 from data.template import ChatTemplate, Rendering
 
-BATCH = 1000  # rows tokenized at once
+ONE_TOKEN = "is a single token, which nothing before it predicts; remove the row"
 
 
 def encode_row(row: Row, template: ChatTemplate) -> list[Example]:
@@ -23,52 +20,6 @@ def encode_row(row: Row, template: ChatTemplate) -> list[Example]:
     if isinstance(examples, UserError):
         raise examples
     return examples
-
-
-def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    """Yields `rows` in lists of `size`; the last list may be shorter."""
-    rest = iter(rows)
-    while batch := list(islice(rest, size)):
-        yield batch
-
-
-def encode_rows(rows: Iterable[Row], path: Path, template: ChatTemplate, max_length: int) -> Examples:
-    """Tokenizes every row; what the model reads of it has at most `max_length` tokens, the end token included.
-
-    Raises UserError, naming the rows of the file `path`, when a row is longer: no row is cut off. It also raises
-    UserError when the chat template fails or does not show what a row says.
-    """
-    problems = Problems()
-    examples = Examples(_encoded(rows, template, max_length, problems))
-    problems.fail(path)
-    return examples
-
-
-def _encoded(rows: Iterable[Row], template: ChatTemplate, max_length: int, problems: Problems) -> Iterator[Example]:
-    """Yields the rows that are not too long, and adds to `problems` what is wrong with the others."""
-    # Characters that max_length tokens can have.
-    most = max_length * max(len(token) for token in template.tokenizer.get_vocab())
-    for batch in batched(rows, BATCH):
-        # A row with more characters is surely too long, and may be too much for the tokenizer.
-        fitting = [row for row in batch if _characters(row) <= most]
-        found = dict(zip((row.number for row in fitting), encode_batch(fitting, template), strict=True))
-        for row in batch:
-            examples = found.get(row.number)
-            if isinstance(examples, UserError):
-                problems.add(f"row {row.number}: {examples}")
-                continue
-            longest = max(example.length for example in examples) if examples else None
-            if longest is None or longest > max_length:
-                size = f"{longest} tokens" if longest else f"{_characters(row):,} characters"
-                problems.add(f"row {row.number}: {size}; shorten it or raise data.max_length ({max_length})")
-                continue
-            problems.add(None)
-            yield from examples or ()
-
-
-def _characters(row: Row) -> int:
-    """A number of characters that the row's texts have at least."""
-    return sum(map(len, row.plain or ())) + sum(len(turn.content) + len(turn.reasoning) for turn in row.turns)
 
 
 def encode_batch(rows: Sequence[Row], template: ChatTemplate) -> list[list[Example] | UserError]:
@@ -88,11 +39,17 @@ def encode_batch(rows: Sequence[Row], template: ChatTemplate) -> list[list[Examp
             result.append(each)
             continue
         examples = [Example(row.number, *one) for _ in each for one in next(made)]
-        if any(start == 0 for example in examples for start, _, _ in example.spans):
-            result.append(UserError("the first token of a row cannot be learned, because nothing stands before it"))
-        else:
-            result.append(examples)
+        if row.plain is not None:
+            examples = [_behind(template.begin, example) for example in examples]
+        result.append(examples if all(example.spans for example in examples) else UserError(ONE_TOKEN))
     return result
+
+
+def _behind(begin: list[int], example: Example) -> Example:
+    """The example behind the tokens with which every text begins. The first token of all is no label, because nothing
+    stands before it that could predict it."""
+    moved = [Span(max(1, start + len(begin)), end + len(begin), weight) for start, end, weight in example.spans]
+    return Example(example.row, begin + example.ids, tuple(span for span in moved if span.start < span.end))
 
 
 def _renderings(rows: Sequence[Row], template: ChatTemplate) -> list[list[Rendering] | UserError]:
@@ -167,5 +124,5 @@ def prompt_ids(row: Row, template: ChatTemplate) -> list[int]:
     """The ids of what a server sends to have the row's last answer generated."""
     if row.plain is not None:
         (rendering,) = _plain(row, template)
-        return template.encoder.ids([rendering.text[: rendering.spans[0][0]]])[0]
+        return template.begin + template.encoder.ids([rendering.text[: rendering.spans[0][0]]])[0]
     return template.encoder.ids([template.prompt(row)])[0]

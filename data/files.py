@@ -8,6 +8,7 @@ import csv
 import json
 import lzma
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import zstandard
 
 from data.errors import UserError
 
+HUB = "hub:"  # how the name of a data set of the model hub begins
 CHUNK = 2**20  # characters that are looked at to find the first that is no blank
 BATCH = 1000  # records of a Parquet or Arrow file that are in memory at a time
 DEEPEST = 500  # values of an array that may stand in one another
@@ -31,6 +33,35 @@ COLUMNAR = (".parquet", ".arrow", ".feather")
 Record = tuple[int, Any, str | None]  # its number in the file, its value, and what is wrong with it
 
 csv.field_size_limit(2**31 - 1)
+
+
+def sources(name: str) -> list[tuple[str, Iterator[Record]]]:
+    """Returns the files behind a name, each with its records: a file, those of a folder, or a data set of the hub.
+
+    Raises UserError where there are none; a file that cannot be read raises it once its records are asked for.
+    """
+    if name.startswith(HUB):
+        return [(name, _hub(name))]
+    return [(str(path), records(path)) for path in files_of(Path(name))]
+
+
+def _hub(name: str) -> Iterator[Record]:
+    """Yields the rows of a data set, for example hub:org/name@main:train[:1000]. It is downloaded as it is read."""
+    found = re.fullmatch(r"hub:([^@:]+)(?:@([^:]+))?(?::(.+))?", name)
+    if found is None:
+        raise UserError(f"{name}: is no data set. Give hub:NAME, hub:NAME@REVISION or hub:NAME@REVISION:SPLIT.")
+    from datasets import load_dataset  # here, because the import takes a second
+
+    number = 0
+    try:
+        rows = load_dataset(found[1], revision=found[2], split=found[3] or "train", streaming=True)
+        for number, value in enumerate(rows, start=1):
+            yield number, _without_nulls(value), None
+    except Exception as error:  # many libraries read data sets, and each has errors of its own
+        said = f"{type(error).__name__}: {str(error)[:300]}"
+        raise UserError(
+            f"{name}: cannot be read ({said}), behind row {number}. Check name, revision and split."
+        ) from error
 
 
 def files_of(path: Path) -> list[Path]:

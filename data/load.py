@@ -5,10 +5,10 @@ import multiprocessing
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from data.chat import encode_batch
 from data.conversation import Row
 from data.errors import UserError
 from data.examples import Example, Examples, Packed, Selected, Span
-from data.files import Record, files_of, records
+from data.files import Record, sources
 from data.formats import BadRow, read_row
 from data.rows import Problems
 from data.template import ChatTemplate
@@ -27,6 +27,7 @@ BATCH = 1000  # rows that a process reads and tokenizes at once
 INLINE = 4  # batches of a file that this process tokenizes by itself, before it starts others to help
 AHEAD = 3  # batches for each process that wait for it or for being written
 
+HELD_OUT = "held_out"  # the name in val/loss of the rows that validation_share takes
 TooLong = Literal["error", "drop", "cut"]
 
 
@@ -78,38 +79,91 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Holds the examples of some files. `held_out` are those of validation_share."""
+    """Holds the examples of a run. The validation examples stand behind one another, file after file."""
 
-    examples: Examples
-    held_out: Examples
+    train: Examples
+    validation: Examples
+    times: list[tuple[int, int]]  # for each training file: its examples, and how many times an epoch has them
+    parts: dict[str, int]  # for each validation file, by name: its examples
     tallies: dict[str, Tally]  # by file
 
+    def shared(self) -> tuple[dict[str, Any], list[int]]:
+        """What another process needs to open the same examples: a description and open descriptors of their files."""
+        said = {
+            "examples": [self.train.description, self.validation.description],
+            "times": self.times,
+            "parts": self.parts,
+            "tallies": {name: asdict(tally) for name, tally in self.tallies.items()},
+        }
+        return said, [self.train.fd, self.validation.fd]
 
-def load(files: Iterable[str | Path], reading: Reading) -> Loaded:
-    """Reads and tokenizes all rows of files and folders, in their order.
+    @classmethod
+    def opened(cls, said: dict[str, Any], fds: list[int]) -> "Loaded":
+        """The examples of another process, of which `shared` has told."""
+        train, validation = (Examples.attach(fd, about) for fd, about in zip(fds, said["examples"], strict=True))
+        tallies = {name: Tally(**counts) for name, counts in said["tallies"].items()}
+        return cls(train, validation, [(n, times) for n, times in said["times"]], said["parts"], tallies)
 
-    Raises UserError, which names the file, the row and the fix: where a file cannot be read, where rows are bad (all
-    are counted, and the first ten shown), and where a row is too long and `too_long` is error.
+
+def load(train: Mapping[str, int], validation: Iterable[str], reading: Reading) -> Loaded:
+    """Reads and tokenizes all rows of the files, folders and data sets, in their order.
+
+    `train` says how many times an epoch has the rows of each. Raises UserError, which names the file, the row and the
+    fix: where a file cannot be read, where rows are bad (all are counted, and the first ten shown), where a row is too
+    long and `too_long` is error, and where no row is left.
     """
     tallies: dict[str, Tally] = {}
-    parts: list[Packed] = []
+    held_out: list[Packed] = []
 
-    def train() -> Iterator[Packed]:
-        for name in files:
-            for path in files_of(Path(name)):
-                tallies[str(path)] = Tally()
-                for encoded in _encode_file(path, reading, tallies[str(path)]):
-                    parts.append(encoded.validation)
-                    yield encoded.train
+    def read(name: str, how: Reading) -> Iterator[Packed]:
+        for label, rows in sources(name):
+            tally = tallies.setdefault(label, Tally())
+            for encoded in _encode_file(label, rows, how, tally):
+                held_out.append(encoded.validation)
+                yield encoded.train
 
-    examples = Examples.of_packed(train())
-    return Loaded(examples, Examples.of_packed(parts), tallies)
+    counts: dict[str, int] = {}
+    examples = Examples.of_packed(_counted(counts, train, lambda name: read(name, reading)))
+    parts: dict[str, int] = {}
+    every_row = replace(reading, validation_share=0.0)
+    named = {_name_of(name, validation): name for name in validation}
+    following = _counted(parts, named, lambda name: read(named[name], every_row))
+    taken = sum(len(packed.rows) for packed in held_out)
+    validation_examples = Examples.of_packed(chain(held_out, following))
+    if not len(examples):
+        raise UserError(
+            f"{', '.join(train)}: no row is left to learn. Raise data.max_length or lower validation_share."
+        )
+    if reading.validation_share and not taken:
+        raise UserError(
+            f"data.validation_share {reading.validation_share} takes none of {len(examples)} rows. Raise it, or leave "
+            "it out."
+        )
+    parts = ({HELD_OUT: taken} if taken else {}) | {name: count for name, count in parts.items() if count}
+    return Loaded(
+        examples, validation_examples, [(counts[name], times) for name, times in train.items()], parts, tallies
+    )
 
 
-def _encode_file(path: Path, reading: Reading, tally: Tally) -> Iterator[Encoded]:
+def _counted(counts: dict[str, int], names: Iterable[str], read: Callable[[str], Iterator[Packed]]) -> Iterator[Packed]:
+    """Yields what `read` reads of each name, and counts its examples in `counts`."""
+    for name in names:
+        counts[name] = 0
+        for packed in read(name):
+            counts[name] += len(packed.rows)
+            yield packed
+
+
+def _name_of(file: str, others: Iterable[str]) -> str:
+    """A validation file's name in val/loss: its own without endings, unless another one has the same."""
+    stem = Path(file).name.split(".")[0]
+    return stem if sum(Path(other).name.split(".")[0] == stem for other in others) == 1 else file
+
+
+def _encode_file(label: str, rows: Iterator[Record], reading: Reading, tally: Tally) -> Iterator[Encoded]:
     """Yields the batches of a file in their order, and raises UserError at its end where rows are bad."""
     problems, first = Problems(), None
-    for batch, encoded in _encode_all(_batches(records(path)), reading):
+    for batch, encoded in _encode_all(_batches(rows), reading):
         tally.add(encoded.tally)
         first = first or next(iter(encoded.formats), None)
         others = {
@@ -122,9 +176,9 @@ def _encode_file(path: Path, reading: Reading, tally: Tally) -> Iterator[Encoded
             problem = encoded.problems.get(number) or others.get(number)
             problems.add(f"row {number}: {problem}" if problem else None)
         yield encoded
-    problems.fail(path)
+    problems.fail(label)
     if not problems.total:
-        raise UserError(f"{path}: no rows. Give at least one object with the fields instruction and output.")
+        raise UserError(f"{label}: no rows. Give at least one object with the fields instruction and output.")
 
 
 def _batches(rows: Iterator[Record]) -> Iterator[list[Record]]:
@@ -247,9 +301,8 @@ def _is_held_out(row: Row, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(content).digest()[:8]) < share * 2**64
 
 
-def repeated(examples: Examples, counts: Iterable[tuple[int, int]]) -> Examples | Selected:
+def repeated(examples: Examples, counts: Sequence[tuple[int, int]]) -> Examples | Selected:
     """The examples of several files, those of each as often as is asked: pairs of a number of examples and of times."""
-    counts = list(counts)
     if all(times == 1 for _, times in counts):
         return examples
     order: list[Any] = []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.conversation import Row
 from data.errors import UserError
-from data.files import files_of, records
+from data.files import Record, sources
 from data.formats import BadRow, read_row
 
 SHOWN_PROBLEMS = 10  # an error shows this many bad rows
@@ -26,7 +26,7 @@ class Problems:
             if len(self.first) < SHOWN_PROBLEMS:
                 self.first.append(problem)
 
-    def fail(self, path: Path) -> None:
+    def fail(self, path: Path | str) -> None:
         """Raises UserError if there is any problem."""
         if self.count:
             shown = "\n".join(f"  {problem}" for problem in self.first)
@@ -36,18 +36,18 @@ class Problems:
             )
 
 
-def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Returns all rows of the file or folder at `path`. Raises UserError as `iter_rows` does."""
-    return [row for file in files_of(path) for row in iter_rows(file, columns)]
+def read_rows(name: str | Path, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Returns all rows of a file, a folder or a data set. Raises UserError as `iter_rows` does."""
+    return [row for label, found in sources(str(name)) for row in iter_rows(label, found, columns)]
 
 
-def count_rows(path: Path, columns: Mapping[str, str] | None = None) -> int:
-    """Counts the rows of the file or folder at `path`. Raises UserError as `iter_rows` does."""
-    return sum(1 for file in files_of(path) for _ in iter_rows(file, columns))
+def count_rows(name: str | Path, columns: Mapping[str, str] | None = None) -> int:
+    """Counts the rows of a file, a folder or a data set. Raises UserError as `iter_rows` does."""
+    return sum(1 for label, found in sources(str(name)) for _ in iter_rows(label, found, columns))
 
 
-def iter_rows(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
-    """Yields the good rows of the file at `path`, in file order, and reads the file on as the caller asks for rows.
+def iter_rows(label: str, found: Iterator[Record], columns: Mapping[str, str] | None = None) -> Iterator[Row]:
+    """Yields the good rows among the records of the file `label`, as the caller asks for them.
 
     `columns` gives columns of the file the names that a format has (data/formats.py). Raises UserError, which names the
     file, the row and the fix. It does so at once when the file cannot be read, and after the last row when there are no
@@ -55,7 +55,7 @@ def iter_rows(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[
     reads.
     """
     problems, first = Problems(), ""
-    for number, value, problem in records(path):
+    for number, value, problem in found:
         row = None
         if not problem:
             try:
@@ -68,6 +68,6 @@ def iter_rows(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[
         problems.add(f"row {number}: {problem}" if problem else None)
         if row is not None and not problem:
             yield row
-    problems.fail(path)
+    problems.fail(label)
     if not problems.total:
-        raise UserError(f"{path}: no rows. Give at least one object with the fields instruction and output.")
+        raise UserError(f"{label}: no rows. Give at least one object with the fields instruction and output.")

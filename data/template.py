@@ -7,15 +7,23 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from data.conversation import Row, Turn
 from data.errors import UserError
 from data.markup import Masks, read_markup
 from data.tokens import Encoder
 
+# The template of most models without a well-known one of their own. Its control tokens have to be the tokenizer's.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 # Characters for private use; they stand for the user's text, the assistant's and a thought in a rendering.
 USER, ANSWER, THOUGHT = "\ue000", "\ue001", "\ue002"
 # Variables that templates understand. With the first that fits a row, no prompt has a thought that the row does not
@@ -48,8 +56,15 @@ class ChatTemplate:
     content as a list of parts. `end` is what it writes behind an answer, up to the token with which a server ends it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str = "", parse: bool = True) -> None:
-        """`parse` says that a thought and tool calls in the text of an answer are read as such.
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        system_prompt: str = "",
+        parse: bool = True,
+        today: date | None = None,
+    ) -> None:
+        """`parse` says that a thought and tool calls in the text of an answer are read as such. `today` is the day that
+        a template writes which asks for it; None is the day of the call.
 
         Raises UserError when the tokenizer has no chat template or no end token, when the template fails, and when an
         answer would not stand where a server has the model generate it.
@@ -57,15 +72,19 @@ class ChatTemplate:
         self.tokenizer, self.parse = tokenizer, parse
         self.name = tokenizer.name_or_path
         if tokenizer.chat_template is None:
-            raise UserError(f"{self.name}: the tokenizer has no chat template. Use an Instruct model.")
+            raise UserError(
+                f"{self.name}: the tokenizer has no chat template. Use an Instruct model, or set data.chat_template."
+            )
         if tokenizer.eos_token_id is None:
             raise UserError(f"{self.name}: the tokenizer has no end token. Set its eos_token.")
+        self.text = str(tokenizer.chat_template) if today is None else on_day(str(tokenizer.chat_template), today)
         self.eos = str(tokenizer.eos_token)
         self.control = control_tokens(tokenizer)
         self.encoder = Encoder(tokenizer, self.control)
         self.masks: Masks = self.encoder.masks
         self.system_prompt: str = self.masks.hide(system_prompt)
         self._each_control = re.compile(_any_of(self.control) or "(?!)")  # (?!) is nowhere
+        self.begin = _begin_of_texts(tokenizer)  # the tokens with which a text begins that no template writes
         self.longest_token = max(map(len, tokenizer.get_vocab()))  # characters
         self.arguments_as_text = False
         self.reasoning: str | None = None
@@ -151,6 +170,13 @@ class ChatTemplate:
     def stop_token(self) -> int:
         """The id of the token with which a trained answer ends."""
         return int(self.tokenizer(self.end, add_special_tokens=False)["input_ids"][-1])
+
+    def stop_tokens(self, config: GenerationConfig | None) -> frozenset[int]:
+        """The ids of the tokens with which an answer ends: the one with which every trained answer ends, the
+        tokenizer's end token, and those of the model's generation_config.json, with which a server ends an answer."""
+        found = config.eos_token_id if config is not None else None
+        others = found if isinstance(found, list) else [] if found is None else [found]
+        return frozenset({self.stop_token, int(self.tokenizer.eos_token_id), *map(int, others)})
 
     def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
         """The turns, behind the recipe's system turn where they have none of their own."""
@@ -300,6 +326,7 @@ class ChatTemplate:
                 text = self.tokenizer.apply_chat_template(
                     messages,
                     tools=list(tools) or None,  # type: ignore[arg-type]
+                    chat_template=self.text,
                     tokenize=False,
                     add_generation_prompt=generation,
                     **variables,
@@ -319,7 +346,9 @@ class ChatTemplate:
         """The text of each conversation; None for all where the template fails for one."""
         messages = [[self._message(turn, False) for turn in turns] for turns in conversations]
         try:
-            texts: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, **self.variables)
+            texts: Any = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.text, tokenize=False, **self.variables
+            )
         except Exception:  # the caller asks for one after the other, and names the one that fails
             return [None] * len(messages)
         return list(texts)
@@ -348,6 +377,23 @@ class ChatTemplate:
             message |= {"name": turn.name} if turn.name else {}
             message |= {"tool_call_id": turn.call_id} if turn.call_id else {}
         return message
+
+
+def _begin_of_texts(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer puts in front of a text, as a server's tokenizer does: most often <s>, or none."""
+    alone = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    places = (i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
+    return list(whole[: next(places, 0)])
+
+
+def on_day(template: str, today: date) -> str:
+    """The chat template with the day in the place of each call of strftime_now, which would give that of the call."""
+
+    def write(found: re.Match[str]) -> str:
+        return json.dumps(today.strftime(found[2]), ensure_ascii=False)
+
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", write, template)
 
 
 def _check_begin(prompt: str, whole: str) -> None:
@@ -390,6 +436,20 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     added = [token for token in tokenizer.added_tokens_decoder.values() if len(token.content.strip()) > 1]
     found = [token.content for token in added if token.special or token.content in template]
     return [token for token in found if not BYTE.fullmatch(token)]
+
+
+def check_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where the chat template writes control tokens that the tokenizer does not have.
+
+    They would be read as the characters with which they are written. A new token needs an embedding that is trained,
+    which adapters of linear layers do not do.
+    """
+    written = set(re.findall(r"<\|[^<>|\s]+\|>|<(?:start|end)_of_turn>", str(tokenizer.chat_template)))
+    if missing := sorted(written - set(tokenizer.get_vocab())):
+        raise UserError(
+            f"data.chat_template: the tokenizer of {tokenizer.name_or_path} has no token {', '.join(missing[:3])}. "
+            "Name a template that writes only tokens of this model, for example that of its Instruct model."
+        )
 
 
 def _any_of(texts: Sequence[str]) -> str:

@@ -27,8 +27,7 @@ from data.conversation import Row
 from data.errors import UserError
 from data.examples import Example
 from data.rows import Problems, read_rows
-from data.template import ChatTemplate
-from eval.answers.generate import generate, load_model, stop_tokens, timed
+from eval.answers.generate import generate, load_model, timed
 from eval.answers.vllm_backend import ask_vllm, check_vllm
 from eval.check import Verdict, check_answer, number_asked
 from eval.files import user_error
@@ -37,9 +36,8 @@ from eval.reporting.markdown import markdown_table
 from loop.engine.optimizer_state import trainable_parameters
 from loop.guard.process import RunError, end_process, exit_codes
 from loop.measure.memory import memory_in_use, peak_memory
-from loop.model.build import build_tokenizer, check_model
+from loop.model.build import build_template, build_tokenizer, check_model
 from loop.model.limits import check_limits
-from loop.model.opening import open_tokenizer
 from loop.recipe import ROOT, Recipe, find_model, find_path, parse_recipe
 from loop.saving.checkpoint import ADAPTER, first_difference, names_in_files
 from loop.saving.content import INPUTS, model_sha256
@@ -53,11 +51,9 @@ class Question:
     """Says what one worker process has to do: which model to ask, how, and with which rows."""
 
     label: str  # base or tuned
-    model: str
+    recipe: Recipe
     adapter: Path | None
     merge: bool
-    trust_remote_code: bool
-    system_prompt: str
     rows: list[Row]
     batch_size: int | None  # None stands for as many prompts as fit into memory
     max_new_tokens: int
@@ -100,12 +96,13 @@ def ask(question: Question) -> Asked:
         # peak_memory() and timed() look at the current GPU.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     peak_memory()  # the peak counts from here on
-    tokenizer = open_tokenizer(question.model, question.trust_remote_code)
-    model = load_model(question.model, question.adapter, question.merge, question.trust_remote_code)
+    recipe, tokenizer = question.recipe, build_tokenizer(question.recipe)
+    name = find_model(recipe.model.name_or_path)
+    model = load_model(name, question.adapter, question.merge, recipe.model.trust_remote_code)
     peak_load = peak_memory()
-    template = ChatTemplate(tokenizer, question.system_prompt)
+    template = build_template(recipe, tokenizer)
     prompts = [prompt_ids(row, template) for row in question.rows]
-    stops = stop_tokens(template, model.generation_config)
+    stops = template.stop_tokens(model.generation_config)
     peak_memory()  # the peak counts from here on
     held = memory_in_use()
     with tqdm(total=len(prompts), desc=question.label, unit="prompt", disable=not sys.stderr.isatty()) as bar:
@@ -242,7 +239,6 @@ def questions(args: argparse.Namespace) -> list[Question]:
         problems.add(f"row {row.number}: {problem}" if problem else None)
     problems.fail(path)
     adapters: dict[str, Path | None] = {} if args.adapter_only else {"base": None}
-    model = find_model(recipe.model.name_or_path)
     adapted = check_model(recipe)  # a bad recipe fails here rather than in a worker
     _check_prompts(adapted.get_base_model(), rows, recipe, args.max_new_tokens)
     if args.run:
@@ -252,11 +248,9 @@ def questions(args: argparse.Namespace) -> list[Question]:
     return [
         Question(
             label=label,
-            model=model,
+            recipe=recipe,
             adapter=adapter,
             merge=not args.no_merge,
-            trust_remote_code=recipe.model.trust_remote_code,
-            system_prompt=recipe.data.system_prompt,
             rows=rows,
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
@@ -269,7 +263,7 @@ def questions(args: argparse.Namespace) -> list[Question]:
 
 def _check_prompts(base: Any, rows: Sequence[Row], recipe: Recipe, max_new_tokens: int) -> None:
     """Raises UserError where a prompt has a token that the model does not know, or is too long with its answer."""
-    template = ChatTemplate(build_tokenizer(recipe), recipe.data.system_prompt)
+    template = build_template(recipe, build_tokenizer(recipe))
     prompts = [prompt_ids(row, template) for row in rows]
     # The first token stands for each of the answer's.
     examples = [Example.of(row.number, ids, ids[:1] * max_new_tokens) for row, ids in zip(rows, prompts, strict=True)]

@@ -32,7 +32,7 @@ from loop.planning.estimate import Hardware, Subject, Work, estimate
 from loop.planning.gpus import CARDS
 from loop.planning.launch_file import Launch, read_launch
 from loop.planning.page import as_json, page
-from loop.recipe import DEFAULT_RECIPE, ROOT, Recipe, find_model, find_path, parse_recipe
+from loop.recipe import DEFAULT_RECIPE, ROOT, Recipe, data_files, find_data, find_model, parse_recipe
 
 UNITS = {"": 1, "mb": 2**20, "mib": 2**20, "gb": 2**30, "gib": 2**30, "tb": 2**40, "tib": 2**40}
 
@@ -161,7 +161,8 @@ def measure_work(recipe: Recipe, base: Any, found: Findings) -> tuple[Work | Non
         layout: Layout
         layout, why = chosen or ("padded", "")
         return Work(data.train, layout, real=True), why, shown_rows(data.train, tokenizer), data
-    rows = found.attempt(lambda: count_rows(find_path(recipe.data.train_file))) if tokenizer is None else None
+    files = data_files(recipe.data.train_file).items() if tokenizer is None else ()
+    rows = found.attempt(lambda: sum(times * count_rows(find_data(file), recipe.data.columns) for file, times in files))
     if not rows:
         return None, "", "", None
     return Work(_as_long_as_allowed(recipe, rows), "padded", real=False), "padded, without a tokenizer", "", None

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from data.errors import UserError
+from data.files import HUB
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "loop" / "recipes" / "tiny.yaml"
@@ -37,14 +39,28 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    train_file: str
-    """JSON array or JSONL file of rows with instruction, optional input, output."""
-    validation_file: str | None = None
-    """JSON array or JSONL file of the rows of val/loss; null for no validation."""
+    train_file: str | list[str] | dict[str, int]
+    """File or folder of rows (docs/data.md has the formats), or hub:NAME@REVISION:SPLIT for a data set of the hub.
+    A list of several, or {file: how many times an epoch has its rows}."""
+    validation_file: str | list[str] | None = None
+    """File, folder or data set of the rows of val/loss, or a list of several; null for none."""
+    validation_share: float = 0.0
+    """Share of the training rows that become validation rows, 0 <= share < 1. They are chosen by what they say, so
+    adding rows to a file moves none of the others."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """{column of the file: its name in a format}; the name ignore leaves a column out."""
     system_prompt: str = ""
-    """Text of the system turn in front of every row; empty for no system turn."""
+    """Text of the system turn in front of every row without one of its own; empty for no system turn."""
+    chat_template: str | None = None
+    """What writes conversations instead of the model's own chat template: chatml, a file, or another model's name."""
+    date: str | None = None
+    """Today for chat templates that write the date, as YYYY-MM-DD; null for the day on which the run begins."""
+    assistant_markup: Literal["parse", "plain"] = "parse"
+    """parse reads a thought (<think> … </think>) and tool calls in the text of an answer as such; plain as text."""
     max_length: int = 51
-    """Tokens that the longest row may have: prompt, answer and end token. A longer row is an error; no row is cut."""
+    """Tokens that the model reads of a row at most, the end token included."""
+    too_long: Literal["error", "drop", "cut"] = "error"
+    """What becomes of a longer row: an error, or it is left out, or its end is cut off."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,8 @@ RUN_OPTIONS = frozenset(
         # where a run writes, and how often it tells, validates and saves
         *("run_dir", "resume", "tracker", "log_every", "eval_every", "save_every", "save_total_limit", "rank_timeout"),
         "data.validation_file",
+        # the template's text is part of what the rows become, and that is compared
+        "data.chat_template",
         # how the batch is cut up: the number of rows of a step is compared
         *("micro_batch_size", "grad_accum_steps", "rows_per_step"),
         # how the same numbers are computed
@@ -190,6 +208,7 @@ def _check_recipe_file(path: Path) -> None:
 def recipe_problems(recipe: Recipe) -> list[str]:
     """One line for every value out of range: the key, its value, and what the value has to be."""
     optim, lora, rows = recipe.optim, recipe.lora, recipe.rows_per_step
+    files, share = recipe.data.train_file, recipe.data.validation_share
     rules = [
         ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
         ("lora.alpha", lora.alpha, 0 < lora.alpha < math.inf, "above 0"),
@@ -201,6 +220,15 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         ("optim.betas", optim.betas, all(0 <= beta < 1 for beta in optim.betas), "both at least 0 and below 1"),
         ("optim.eps", optim.eps, 0 < optim.eps < math.inf, "above 0"),
         ("optim.max_grad_norm", optim.max_grad_norm, 0 < optim.max_grad_norm < math.inf, "above 0"),
+        ("data.train_file", files, bool(files), "at least one file"),
+        (
+            "data.train_file",
+            recipe.data.train_file,
+            _times_are_positive(recipe.data.train_file),
+            "1 or more times each",
+        ),
+        ("data.validation_share", share, 0 <= share < 1, "at least 0 and below 1"),
+        ("data.date", recipe.data.date, _is_date(recipe.data.date), "a day, as YYYY-MM-DD"),
         ("data.max_length", recipe.data.max_length, recipe.data.max_length >= 2, "at least 2"),
         ("epochs", recipe.epochs, 1 <= recipe.epochs <= MOST, "1 to a million"),
         ("micro_batch_size", recipe.micro_batch_size, 1 <= recipe.micro_batch_size <= MOST, "1 to a million"),
@@ -214,6 +242,29 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         ("save_total_limit", recipe.save_total_limit, recipe.save_total_limit >= 1, "at least 1"),
     ]
     return [f"{key} is {value}, but has to be {rule}" for key, value, ok, rule in rules if not ok]
+
+
+def _times_are_positive(files: str | list[str] | dict[str, int]) -> bool:
+    return not isinstance(files, dict) or all(1 <= times <= MOST for times in files.values())
+
+
+def _is_date(text: str | None) -> bool:
+    try:
+        return text is None or date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def data_files(files: str | list[str] | dict[str, int] | None) -> dict[str, int]:
+    """The files that a key of the recipe names, in their order, each with how many times an epoch has its rows."""
+    if isinstance(files, dict):
+        return files
+    return {file: 1 for file in ([files] if isinstance(files, str) else files or [])}
+
+
+def find_data(name: str) -> str:
+    """The path of a file or folder that the recipe names; the name itself for a data set of the model hub."""
+    return name if name.startswith(HUB) else str(find_path(name))
 
 
 def find_path(path: str) -> Path:

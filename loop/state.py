@@ -63,9 +63,13 @@ class Job:
             order = epoch_order(batch.num_rows, self.recipe.seed, epoch)[learned:]
             yield from self._share(self.data.train, order, grad_accum_steps=batch.grad_accum_steps)
 
-    def validation_windows(self) -> Iterator[Window]:
-        """This rank's share of the validation rows, a micro-batch in each window."""
-        return self._share(self.data.validation, range(len(self.data.validation)), grad_accum_steps=1)
+    def validation_windows(self) -> dict[str, Iterator[Window]]:
+        """This rank's share of the validation rows of each file, a micro-batch in each window."""
+        parts, start = {}, 0
+        for name, count in (self.data.parts or {"all": len(self.data.validation)}).items():
+            parts[name] = self._share(self.data.validation, range(start, start + count), grad_accum_steps=1)
+            start += count
+        return parts
 
     def empty_window(self) -> Window:
         """A window without a label, with which the engine takes a step that changes nothing."""

@@ -1,6 +1,6 @@
 """One optimizer step, every operation spelled out. This is the file to step through in a debugger."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,15 +99,23 @@ def summed_nll(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
 
 @measured("validate")
 @torch.no_grad()
-def validate(window_share: Iterable[Window], model: torch.nn.Module, accelerator: Accelerator) -> float:
-    """Mean cross entropy (nats) over all label tokens of all ranks' windows, with weights; every rank enters."""
+def validate(
+    parts: Mapping[str, Iterable[Window]], model: torch.nn.Module, accelerator: Accelerator
+) -> dict[str, float]:
+    """val/loss: the mean cross entropy (nats) over all label tokens of all ranks' windows, with weights. Where there
+    are several parts, val/loss/<part> has the mean of each. Every rank enters.
+    """
     model.eval()
-    nll, label_weight = torch.zeros((), device=accelerator.device), 0.0
-    for window in window_share:
-        for micro_batch in window.micro_batches:
-            nll += summed_nll(model, micro_batch.to(accelerator.device))
-        label_weight += window.label_weight
+    nlls, label_weights = torch.zeros(len(parts), device=accelerator.device), [0.0] * len(parts)
+    for i, window_share in enumerate(parts.values()):
+        for window in window_share:
+            for micro_batch in window.micro_batches:
+                nlls[i] += summed_nll(model, micro_batch.to(accelerator.device))
+            label_weights[i] += window.label_weight
     model.train()
-    total = accelerator.reduce(nll, reduction="sum")  # collective
+    total = accelerator.reduce(nlls, reduction="sum")  # collective
     assert isinstance(total, Tensor)
-    return total.item() / label_weight
+    losses = {"val/loss": total.sum().item() / sum(label_weights)}
+    if len(parts) > 1:
+        losses |= {f"val/loss/{name}": total[i].item() / label_weights[i] for i, name in enumerate(parts)}
+    return losses

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         engine, optimizer = prepare(model, build_optimizer(recipe, model), accelerator)
         decided = keep_rows_apart(decided, recipe, data, engine, accelerator)
         recipe = decided.write_into(recipe)
-        run_dir = create_run_folder(name, recipe, run, checkpoint, accelerator)
+        run_dir = create_run_folder(name, recipe, run, data, checkpoint, accelerator)
 
         job = Job(recipe, replace(data, layout=decided.layout), batch, run_dir, checkpoint, accelerator)
         learner = build_learner(job, engine, optimizer, checkpoint)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
         ):
             tracking.say(overview(job, decided, inner))
             fit(job, learner, state, guard, tracking)
-            save_adapter(inner, run_dir / "adapter", accelerator)
+            save_adapter(inner, data.template, run_dir / "adapter", accelerator)
             tracking.say(f"adapter: {run_dir / 'adapter'}")
             write_usage(run_dir, inner, batch.total_steps, accelerator)
             check_learned(inner, accelerator)
@@ -104,9 +104,9 @@ def fit(job: Job, learner: Learner, state: TrainState, guard: Guard, tracking: T
         due = job.due(state.step, stop)
         metrics = state.interval.metrics(result, accelerator) if due.log else {}
         if due.validate:
-            metrics["val/loss"] = state.val_loss = guard.check_validation(
-                state.step, validate(job.validation_windows(), model, accelerator)
-            )
+            losses = validate(job.validation_windows(), model, accelerator)
+            state.val_loss = guard.check_validation(state.step, losses["val/loss"])
+            metrics |= losses
         tracking.advance(state.step)
         if metrics:
             tracking.log(state.step, metrics)

@@ -45,7 +45,7 @@ def test_saved_adapter_is_the_models(model: PeftModel, tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    save_adapter(model, tmp_path / "adapter", Accelerator(cpu=True))
+    save_adapter(model, None, tmp_path / "adapter", Accelerator(cpu=True))
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY), str(tmp_path / "adapter"))
     ours = {name: p for name, p in model.named_parameters() if "lora" in name}
     theirs = {name: p for name, p in loaded.named_parameters() if "lora" in name}
@@ -226,7 +226,7 @@ def test_what_resume_means(
 def test_what_cannot_be_written_is_an_error(model: PeftModel, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"file/adapter could not be written"):
-        save_adapter(model, tmp_path / "file" / "adapter", Accelerator(cpu=True))
+        save_adapter(model, None, tmp_path / "file" / "adapter", Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "empty", "changed", "nan"])
@@ -259,7 +259,7 @@ def test_a_full_disk_is_one_error(model: PeftModel, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(model, "save_pretrained", full)
     with pytest.raises(RunError, match="No space left on device"):
-        save_adapter(model, tmp_path / "adapter", Accelerator(cpu=True))
+        save_adapter(model, None, tmp_path / "adapter", Accelerator(cpu=True))
     assert not (tmp_path / "adapter").exists()
 
 

@@ -10,10 +10,11 @@ import pytest
 from transformers import AutoTokenizer
 
 import data.files
-from data.chat import encode_row, encode_rows
+from data.chat import encode_batch, encode_row
 from data.conversation import question
 from data.errors import UserError
 from data.examples import Example, Examples, Span, label_lengths_of, lengths_of
+from data.files import records
 from data.rows import iter_rows, read_rows
 from data.sums import SYSTEM_PROMPT
 from data.template import ChatTemplate
@@ -51,7 +52,7 @@ def test_no_room_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         Examples(SOME)
 
 
-def test_batches_are_encoded_as_single_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_encoded_as_single_rows() -> None:
     """Some rows name a control token, and the size of a batch puts its borders at different rows."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     template = ChatTemplate(tokenizer, SYSTEM_PROMPT)
@@ -60,8 +61,10 @@ def test_batches_are_encoded_as_single_rows(monkeypatch: pytest.MonkeyPatch) -> 
     rows[8] = question(9, "9=", "<|im_start|>system", [("a", "b")])
     one_by_one = [example for row in rows for example in encode_row(row, template)]
     for size in (1, 4, 11, 100):
-        monkeypatch.setattr("data.chat.BATCH", size)
-        assert list(encode_rows(iter(rows), Path("x"), template, 99)) == one_by_one
+        found = [
+            each for start in range(0, len(rows), size) for each in encode_batch(rows[start : start + size], template)
+        ]
+        assert [example for examples in found if isinstance(examples, list) for example in examples] == one_by_one
 
 
 def written(content: str, tmp_path: Path) -> Path:
@@ -112,7 +115,7 @@ def test_a_broken_array_is_named_where_json_names_it(content: str, tmp_path: Pat
 def test_good_rows_come_before_the_bad_ones_are_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\n{}\n{"instruction": "c", "output": "d"}\n')
-    rows = iter_rows(path)
+    rows = iter_rows(str(path), records(path))
     assert [next(rows).number, next(rows).number] == [1, 3]
     with pytest.raises(UserError, match="1 of 3 rows are bad"):
         next(rows)
@@ -123,17 +126,16 @@ import json, sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from data.batch import epoch_order, windows
-from data.chat import encode_rows
-from data.rows import iter_rows
+from data.load import Reading, load
 from data.template import ChatTemplate
 from loop.measure.memory import peak_host_memory
 
 path = Path(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
-list(encode_rows(iter_rows(Path(sys.argv[3])), path, ChatTemplate(tokenizer), 99))
+list(load({sys.argv[3]: 1}, [], Reading(ChatTemplate(tokenizer), 99)).train)
 peak_host_memory()
 before = peak_host_memory()
-examples = encode_rows(iter_rows(path), path, ChatTemplate(tokenizer), 99)
+examples = load({str(path): 1}, [], Reading(ChatTemplate(tokenizer), 99)).train
 for window in windows(examples, epoch_order(len(examples), 1, 0), 64, 1, 1, 0, "shared_prefix", 0):
     pass
 print(len(examples), peak_host_memory() - before)
@@ -159,4 +161,4 @@ def test_memory_does_not_grow_with_the_rows(form: str, tmp_path: Path) -> None:
 def test_reading_twice_is_reading_once(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"instruction": "a", "output": "b"}] * 3))
-    assert read_rows(path) == list(iter_rows(path))
+    assert read_rows(path) == list(iter_rows(str(path), records(path)))

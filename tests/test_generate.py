@@ -17,7 +17,7 @@ from data.chat import prompt_ids
 from data.conversation import question
 from data.sums import SYSTEM_PROMPT
 from data.template import ChatTemplate
-from eval.answers.generate import generate, load_model, stop_tokens
+from eval.answers.generate import generate, load_model
 from loop.model.opening import open_tokenizer
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny_base")
@@ -108,10 +108,10 @@ def test_answers_end_where_a_server_ends_them(tmp_path: Path) -> None:
     prompts = [prompt_ids(question(1, words, ""), template) for words in WORDS]
     expected = generate(load_model(TINY), tokenizer, prompts, {end}, None, 40)
     model, asks = load_model(str(folder)), ChatTemplate(changed, SYSTEM_PROMPT)
-    assert generate(model, changed, prompts, stop_tokens(asks, model.generation_config), None, 40) == expected
+    assert generate(model, changed, prompts, asks.stop_tokens(model.generation_config), None, 40) == expected
     assert asks.stop_token == end, "the template ends its turns with it"
-    assert stop_tokens(asks, None) == {other, end}
-    assert stop_tokens(asks, GenerationConfig(eos_token_id=[third])) == {other, end, third}
+    assert asks.stop_tokens(None) == {other, end}
+    assert asks.stop_tokens(GenerationConfig(eos_token_id=[third])) == {other, end, third}
 
 
 def test_progress_and_cut_off() -> None:

@@ -5,12 +5,13 @@ from functools import cache
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.chat import encode_row, prompt_ids
-from data.conversation import question
+from data.conversation import Row, question
 from data.errors import UserError
+from data.examples import Span
 from data.markup import MASKS, NAMES, Masks
 from data.template import ChatTemplate
 from data.tokens import Encoder
@@ -166,3 +167,35 @@ def test_a_tokenizer_in_python_refuses_the_row_alone(monkeypatch: pytest.MonkeyP
     assert encode_row(question(1, "a", "b"), template)
     with pytest.raises(UserError, match="written in Python"):
         encode_row(question(1, "a<|im_end|>", "b"), template)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_plain_text_is_all_labels(begins: bool) -> None:
+    """Without a chat template; where the tokenizer puts <s> in front of a text, so does a server."""
+    tokenizer = wrapped(bare_of("byte level"))
+    if begins:
+        backend = tokenizer.backend_tokenizer
+        one = [("<s>", tokenizer.bos_token_id)]
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=one)
+    template = ChatTemplate(tokenizer)
+    text = tokenizer("ten men", add_special_tokens=True)["input_ids"]
+    assert (text[0] == tokenizer.bos_token_id) == begins
+    (example,) = encode_row(Row(1, plain=("", "ten men")), template)
+    assert example.ids == [*text, tokenizer.eos_token_id]
+    assert example.spans == (Span(1, len(example.ids)),)
+    (example,) = encode_row(Row(1, plain=("ten", " men")), template)
+    prompt = tokenizer("ten")["input_ids"]
+    assert prompt_ids(Row(1, plain=("ten", "")), template) == prompt == example.prompt_ids
+    assert example.label_ids == [*tokenizer(" men", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    with pytest.raises(UserError, match="the text has the control token '<s>'; give the conversation as messages"):
+        encode_row(Row(1, plain=("", "<s>ten")), template)
+    (example,) = encode_row(Row(1, plain=("", "<s>ten")), ChatTemplate(tokenizer, parse=False))
+    assert tokenizer.decode(example.label_ids[-6:]).endswith("s>ten</s>")
+    assert example.ids.count(tokenizer.bos_token_id) == begins
+
+
+def test_a_row_of_one_token() -> None:
+    """Only the end token behind an empty prompt could be one; a text of one token has the end token to learn."""
+    tokenizer = wrapped(bare_of("byte level"))
+    (example,) = encode_row(Row(1, plain=("", "a")), ChatTemplate(tokenizer))
+    assert example.label_ids == [tokenizer.eos_token_id]

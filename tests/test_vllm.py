@@ -14,8 +14,10 @@ from data.sums import SYSTEM_PROMPT
 from data.template import ChatTemplate
 from eval.run import Question, ask, parse
 from loop.model.opening import open_tokenizer
+from loop.recipe import parse_recipe
 from tests.equality import TINY
 
+RECIPE = parse_recipe([])[1]
 ROWS = [question(1, "1802=", "x"), question(2, "7=", "x")]
 
 
@@ -48,7 +50,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("rank", "room"), [(4, 8), (8, 8), (12, 16), (64, 64)])
 def test_asks_vllm(tmp_path: Path, rank: int, room: int) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
-    to_ask = Question("tuned", str(TINY), tmp_path, True, False, SYSTEM_PROMPT, ROWS, None, 9, backend="vllm")
+    to_ask = Question("tuned", RECIPE, tmp_path, True, ROWS, None, 9, backend="vllm")
     answer = ask(to_ask)
     tokenizer = open_tokenizer(str(TINY))
     options, prompts, sampling, adapter = asked[0]
@@ -66,7 +68,7 @@ def test_asks_vllm(tmp_path: Path, rank: int, room: int) -> None:
 
 @pytest.mark.usefixtures("vllm")
 def test_the_base_has_no_adapter() -> None:
-    ask(Question("base", str(TINY), None, True, False, SYSTEM_PROMPT, ROWS, 4, 9, backend="vllm"))
+    ask(Question("base", RECIPE, None, True, ROWS, 4, 9, backend="vllm"))
     options, _, _, adapter = asked[0]
     assert adapter is None
     assert options["enable_lora"] is False

@@ -12,9 +12,8 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data.template import ChatTemplate
 from eval.answers.greedy import OnAnswered, decode
 from loop.model.opening import open_base_model
 
@@ -65,14 +64,6 @@ def generate(
     """
     answers = decode(model, prompts, batch_size, max_new_tokens, stops, progress)
     return [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers], sum(map(len, answers))
-
-
-def stop_tokens(template: ChatTemplate, config: GenerationConfig | None) -> frozenset[int]:
-    """Returns the ids of the tokens with which an answer ends: the one with which every trained answer ends, the
-    tokenizer's end token, and those of the model's generation_config.json, with which a server ends an answer."""
-    found = config.eos_token_id if config is not None else None
-    others = found if isinstance(found, list) else [] if found is None else [found]
-    return frozenset({template.stop_token, int(template.tokenizer.eos_token_id), *map(int, others)})
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:

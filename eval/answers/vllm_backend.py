@@ -16,22 +16,18 @@ from transformers import GenerationConfig
 from data.chat import prompt_ids
 from data.conversation import Row
 from data.errors import UserError
-from data.template import ChatTemplate
-from eval.answers.generate import stop_tokens, timed
-from loop.model.opening import open_tokenizer
+from eval.answers.generate import timed
+from loop.model.build import build_template, build_tokenizer
+from loop.recipe import Recipe, find_model
 
 
 class VllmQuestion(Protocol):
     """Names the fields of eval.run's Question that vLLM needs."""
 
     @property
-    def model(self) -> str: ...
+    def recipe(self) -> Recipe: ...
     @property
     def adapter(self) -> Path | None: ...
-    @property
-    def trust_remote_code(self) -> bool: ...
-    @property
-    def system_prompt(self) -> str: ...
     @property
     def rows(self) -> Sequence[Row]: ...
     @property
@@ -57,21 +53,22 @@ def check_vllm(verify: int, no_merge: bool) -> None:
 def ask_vllm(question: VllmQuestion) -> tuple[list[str], int, float]:
     """Returns the greedy answers in the order of the rows, the number of generated tokens, and the seconds."""
     vllm: Any = importlib.import_module("vllm")
-    tokenizer = open_tokenizer(question.model, question.trust_remote_code)
+    recipe, tokenizer = question.recipe, build_tokenizer(question.recipe)
+    name = find_model(recipe.model.name_or_path)
     engine = vllm.LLM(
-        model=question.model,
-        trust_remote_code=question.trust_remote_code,
+        model=name,
+        trust_remote_code=recipe.model.trust_remote_code,
         enable_prefix_caching=True,
         enable_lora=question.adapter is not None,
         **({"max_lora_rank": _rank(question.adapter)} if question.adapter else {}),
         **({"max_num_seqs": question.batch_size} if question.batch_size else {}),
     )
     try:
-        config = GenerationConfig.from_pretrained(question.model)
+        config = GenerationConfig.from_pretrained(name)
     except OSError:  # a model need not have one
         config = None
-    template = ChatTemplate(tokenizer, question.system_prompt)
-    stops = sorted(stop_tokens(template, config))
+    template = build_template(recipe, tokenizer)
+    stops = sorted(template.stop_tokens(config))
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=question.max_new_tokens, stop_token_ids=stops)
     adapter = None
     if question.adapter is not None:

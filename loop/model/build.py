@@ -1,9 +1,10 @@
 """Builds the parts of a run: tokenizer, examples, model with LoRA, optimizer and learning-rate schedule."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from accelerate.utils import DistributedType, set_seed
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import encode_rows
 from data.errors import UserError
 from data.examples import Example
 from data.layout import Layout
-from data.rows import iter_rows
-from data.template import ChatTemplate
+from data.load import Loaded, Reading, Tally, load, repeated
+from data.template import CHATML, ChatTemplate, check_control_tokens
 from loop.batch_arithmetic import warmup_steps
 from loop.engine.accelerator import mixed_precision
+from loop.engine.once import once_per_machine
 from loop.internals.transformers_internals import keep_activations_of_last_layer
 from loop.measure.phases import measured
 from loop.model.attention import BY_ROW
@@ -28,7 +29,7 @@ from loop.model.head import PeftModelWithLoss
 from loop.model.lora import ADAPTER, use_fused_lora
 from loop.model.opening import open_base_model, open_tokenizer
 from loop.model.reach import unreached_layers
-from loop.recipe import Recipe, find_model, find_path
+from loop.recipe import Recipe, data_files, find_data, find_model, find_path
 
 PAD = 0  # the token id of padding. Nothing reads it, but it needs an embedding, which a tokenizer's own may not have
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -36,12 +37,15 @@ WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.floa
 
 @dataclass(frozen=True)
 class Data:
-    """The tokenized rows, which lie on the disk. `validation` is empty where the recipe names no file for it."""
+    """The tokenized rows, which lie on the disk. `validation` is empty where the recipe names no rows for it."""
 
     train: Sequence[Example]
     validation: Sequence[Example]
     pad_token_id: int
     layout: Layout = "padded"  # how rows share a micro-batch
+    parts: Mapping[str, int] = field(default_factory=dict)  # for each validation file: how many of the rows are its own
+    tallies: Mapping[str, Tally] = field(default_factory=dict)  # for each file: what became of its rows
+    template: ChatTemplate | None = None  # what asks the model; None for rows that were made otherwise
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -57,17 +61,44 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def build_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """Makes what writes conversations: the tokenizer's chat template, or the recipe's. Raises UserError."""
+    data = recipe.data
+    if data.chat_template is not None:
+        tokenizer.chat_template = find_template(data.chat_template, recipe.model.trust_remote_code)
+        check_control_tokens(tokenizer)
+    today = date.fromisoformat(data.date) if data.date else None
+    return ChatTemplate(tokenizer, data.system_prompt, data.assistant_markup == "parse", today)
+
+
+def find_template(name: str, trust_remote_code: bool = False) -> str:
+    """The text of the chat template that the recipe names: chatml, a file, or another model's. Raises UserError."""
+    if name == "chatml":
+        return CHATML
+    path = find_path(name)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    try:
+        template = open_tokenizer(find_model(name), trust_remote_code).chat_template
+    except Exception as error:  # a name of the hub may fail in many ways
+        raise UserError(
+            f"data.chat_template {name}: is no file, and no model's tokenizer could be opened: {_reason(error)}. Give "
+            "chatml, a file, or a model."
+        ) from error
+    if not isinstance(template, str):
+        raise UserError(f"data.chat_template {name}: this model has no chat template. Name another one.")
+    return template
+
+
 def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Reads, checks and tokenizes the training and the validation file. Raises UserError on anything wrong in them."""
-
-    template = ChatTemplate(tokenizer, recipe.data.system_prompt)
-
-    def load(file: str) -> Sequence[Example]:
-        path = find_path(file)
-        return encode_rows(iter_rows(path), path, template, recipe.data.max_length)
-
-    validation = load(recipe.data.validation_file) if recipe.data.validation_file else []
-    return Data(load(recipe.data.train_file), validation, PAD)
+    """Reads, checks and tokenizes the rows, once for all processes of a machine. Raises UserError on anything wrong."""
+    data, template = recipe.data, build_template(recipe, tokenizer)
+    reading = Reading(template, data.max_length, data.too_long, data.validation_share, data.columns)
+    train = {find_data(name): times for name, times in data_files(data.train_file).items()}
+    validation = [find_data(name) for name in data_files(data.validation_file)]
+    loaded = Loaded.opened(*once_per_machine(lambda: load(train, validation, reading).shared()))
+    rows = repeated(loaded.train, loaded.times)
+    return Data(rows, loaded.validation, PAD, parts=loaded.parts, tallies=loaded.tallies, template=template)
 
 
 def _reason(error: Exception) -> str:

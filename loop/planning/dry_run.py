@@ -15,7 +15,7 @@ from data.rows import count_rows
 from loop.batch_arithmetic import warmup_steps
 from loop.model.build import Data, build_data, build_lr_scheduler, build_tokenizer
 from loop.model.limits import check_limits
-from loop.recipe import Recipe, find_model, find_path
+from loop.recipe import Recipe, data_files, find_data, find_model
 from loop.saving.run_folder import check_run_folder
 
 SHOWN = 5  # rows
@@ -60,9 +60,8 @@ def read_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, found: 
     if tokenizer is not None:
         data: Data | None = found.attempt(lambda: build_data(recipe, tokenizer))
         return data
-    for file in (recipe.data.train_file, recipe.data.validation_file):
-        if file:
-            found.attempt(partial(count_rows, find_path(file)))
+    for file in (*data_files(recipe.data.train_file), *data_files(recipe.data.validation_file)):
+        found.attempt(partial(count_rows, find_data(file), recipe.data.columns))
     return None
 
 

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +23,11 @@ from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from data.errors import UserError
+from data.template import ChatTemplate
 from loop.engine.accelerator import on_main_process
 from loop.engine.optimizer_state import MOMENTS, gather_optimizer, shape_of, trainable_parameters
 from loop.guard.process import RunError
@@ -73,10 +77,23 @@ def unwrap(model: torch.nn.Module, accelerator: Accelerator) -> PeftModel:
 
 
 @measured("save")
-def save_adapter(model: PeftModel, folder: Path, accelerator: Accelerator) -> None:
-    """Writes the adapter to `folder` in PEFT's format; every rank enters. Raises RunError when it cannot be written."""
+def save_adapter(model: PeftModel, template: ChatTemplate | None, folder: Path, accelerator: Accelerator) -> None:
+    """Writes the adapter to `folder` in PEFT's format, and beside it what asks the model as it was trained: tokenizer,
+    chat template, and a generation_config.json with the tokens at which an answer ends. Every rank enters.
+
+    Raises RunError when it cannot be written.
+    """
     tensors = gather_adapter(model, accelerator)
-    on_main_process(lambda: publish(folder, lambda beside: write_adapter(model, tensors, beside)), accelerator)
+
+    def write(beside: Path) -> None:
+        write_adapter(model, tensors, beside)
+        if template is not None:
+            template.tokenizer.save_pretrained(beside)
+            config = deepcopy(getattr(model.get_base_model(), "generation_config", None)) or GenerationConfig()
+            config.eos_token_id = sorted(template.stop_tokens(config))
+            config.to_json_file(beside / GENERATION_CONFIG_NAME)  # save_pretrained refuses what some models come with
+
+    on_main_process(lambda: publish(folder, write), accelerator)
 
 
 @measured("save")

@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from loop.recipe import Recipe, find_model
+from data.files import HUB, files_of
+from loop.recipe import Recipe, data_files, find_model, find_path
 
 INPUTS = "inputs.json"  # the file of a run folder that holds the hashes
 MODEL_FILES = (
@@ -20,6 +21,21 @@ SAMPLES, SAMPLE = 64, 64 * 1024  # places that are read in a large file, and byt
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def data_sha256(recipe: Recipe) -> str:
+    """Hashes the training files, and how many times each is used; of a data set of the model hub only its name.
+
+    The hash of a single file that is used once is the file's own.
+    """
+    files = data_files(recipe.data.train_file)
+    hashes = []
+    for name, times in files.items():
+        paths = [] if name.startswith(HUB) else files_of(find_path(name))
+        hashes.append([*map(file_sha256, paths), *([name] if not paths else []), times])
+    if len(hashes) == 1 and hashes[0][1:] == [1]:
+        return str(hashes[0][0])
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def model_sha256(recipe: Recipe) -> str:

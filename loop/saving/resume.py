@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from loop.engine.accelerator import mixed_precision, on_main_process
 from loop.engine.optimizer_state import restore_optimizer, trainable_parameters
 from loop.measure.phases import measured
 from loop.model.build import Data
-from loop.recipe import RUN_OPTIONS, Recipe, find_path, recipe_as_dict
+from loop.recipe import RUN_OPTIONS, Recipe, recipe_as_dict
 from loop.saving.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
@@ -26,7 +27,7 @@ from loop.saving.checkpoint import (
     names_in_files,
     unwrap,
 )
-from loop.saving.content import file_sha256, model_sha256
+from loop.saving.content import data_sha256, model_sha256
 
 DECIDED = ("batching", "gradient_checkpointing")  # keys of the recipe that may say auto
 
@@ -83,14 +84,13 @@ def _newest(run_dir: Path) -> Checkpoint | None:
 def keep_decisions(checkpoint: Checkpoint | None, recipe: Recipe) -> Recipe:
     """The recipe with what was decided when the run began, wherever the recipe says auto.
 
-    A resumed run decides nothing again: the memory that is free by then may be another. A checkpoint of an older
-    version holds auto itself; then the decision is made anew.
+    A resumed run decides nothing again: the memory that is free by then may be another, and so is the day. A checkpoint
+    of an older version holds auto itself; then the decision is made anew.
     """
-    if checkpoint is None:
-        return recipe
-    then = checkpoint.state["run"]["recipe"]
+    then = checkpoint.state["run"]["recipe"] if checkpoint else {}
     kept = {key: then[key] for key in DECIDED if getattr(recipe, key) == "auto" and key in then}
-    return replace(recipe, **kept)
+    day = recipe.data.date or then.get("data", {}).get("date") or date.today().isoformat()
+    return replace(recipe, data=replace(recipe.data, date=day), **kept)
 
 
 def fingerprint(recipe: Recipe, data: Data, batch: BatchArithmetic, accelerator: Accelerator) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def fingerprint(recipe: Recipe, data: Data, batch: BatchArithmetic, accelerator:
     def read() -> None:
         hashes[0] = {
             "model_sha256": model_sha256(recipe),
-            "train_file_sha256": file_sha256(find_path(recipe.data.train_file)),
+            "train_file_sha256": data_sha256(recipe),
         }
 
     on_main_process(read, accelerator)
@@ -164,8 +164,8 @@ def check_resumable(
             changed.append(f"{rows:,} rows")
     elif then.get("train_tokens_sha256", now["train_tokens_sha256"]) != now["train_tokens_sha256"]:
         differences.append(
-            "data.train_file: its rows become other tokens than then. (The chat template may write the date, or "
-            "another version of this project made the labels.)"
+            "data.train_file: its rows become other tokens than then. (The chat template may be another, or another "
+            "version of this project made the labels.)"
         )
     if then["mixed_precision"] != now["mixed_precision"]:
         differences.append(f"mixed_precision: {then['mixed_precision']} then, {now['mixed_precision']} now")

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -16,8 +16,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data.errors import UserError
+from data.files import HUB
 from loop.engine.accelerator import on_main_process
-from loop.recipe import Recipe, absolute, recipe_as_dict
+from loop.model.build import Data
+from loop.recipe import Recipe, absolute, data_files, recipe_as_dict
 from loop.saving.checkpoint import Checkpoint, clear_up
 from loop.saving.content import INPUTS
 
@@ -42,15 +44,20 @@ def check_run_folder(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
 
 
 def create_run_folder(
-    name: str, recipe: Recipe, run: Mapping[str, Any], checkpoint: Checkpoint | None, accelerator: Accelerator
+    name: str,
+    recipe: Recipe,
+    run: Mapping[str, Any],
+    data: Data,
+    checkpoint: Checkpoint | None,
+    accelerator: Accelerator,
 ) -> Path:
     """Makes the run folder and writes what is known before the first step; every rank enters.
 
     recipe.yaml holds what is run: where the recipe said auto, what was decided. inputs.json holds the hashes of the
-    model and the training file, from the fingerprint `run`. versions.json names the packages, and deepspeed_config.json
-    what accelerate made of the configuration when it prepared the model. A run that goes on after `checkpoint` keeps
-    its folder, and the lines that its metrics.jsonl has of later steps are removed. Raises UserError when the
-    folder cannot be made.
+    model and the training file, from the fingerprint `run`, and what became of the rows of each file. versions.json
+    names the packages, and deepspeed_config.json what accelerate made of the configuration when it prepared the model.
+    A run that goes on after `checkpoint` keeps its folder, and the lines that its metrics.jsonl has of later steps are
+    removed. Raises UserError when the folder cannot be made.
     """
     step = checkpoint.step if checkpoint else 0
     chosen = [checkpoint.run_dir if checkpoint else Path(recipe.run_dir) if recipe.run_dir else _new_name(name)]
@@ -66,7 +73,8 @@ def create_run_folder(
             (run_dir / "recipe.yaml").write_text(
                 yaml.safe_dump(values, allow_unicode=True, sort_keys=False), encoding="utf-8"
             )
-            write_json(run_dir / INPUTS, {key: run[key] for key in ("model_sha256", "train_file_sha256")})
+            inputs = {key: run[key] for key in ("model_sha256", "train_file_sha256")}
+            write_json(run_dir / INPUTS, inputs | {"files": {name: asdict(one) for name, one in data.tallies.items()}})
             write_json(run_dir / "versions.json", {package: version(package) for package in PACKAGES})
             write_json(run_dir / "deepspeed_config.json", getattr(accelerator, "deepspeed_config", {}))
 
@@ -77,14 +85,31 @@ def create_run_folder(
 def _that_can_move(recipe: Recipe) -> Recipe:
     """The recipe with paths that mean the same from every folder; it does not name its own folder, which may move."""
     model, data = recipe.model, recipe.data
-    validation = data.validation_file and absolute(data.validation_file)
+    train = {_anywhere(file): times for file, times in data_files(data.train_file).items()}
+    validation = [_anywhere(file) for file in data_files(data.validation_file)]
+    template = data.chat_template
+    moved = replace(
+        data,
+        train_file=train if isinstance(data.train_file, dict) else _as_given(data.train_file, list(train)),
+        validation_file=_as_given(data.validation_file, validation) if data.validation_file else None,
+        chat_template=template if template in (None, "chatml") else absolute(str(template)),
+    )
     return replace(
         recipe,
         model=replace(model, name_or_path=absolute(model.name_or_path)),
-        data=replace(data, train_file=absolute(data.train_file), validation_file=validation),
+        data=moved,
         run_dir=None,
         resume=None,
     )
+
+
+def _anywhere(file: str) -> str:
+    return file if file.startswith(HUB) else absolute(file)
+
+
+def _as_given(given: str | list[str], paths: list[str]) -> str | list[str]:
+    """The paths in the form in which the recipe had them: a single one, or a list."""
+    return paths[0] if isinstance(given, str) else paths
 
 
 def _new_name(name: str) -> Path:

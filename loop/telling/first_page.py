@@ -11,7 +11,7 @@ from peft import PeftModel
 from data.examples import label_lengths_of, lengths_of
 from loop.engine.accelerator import mixed_precision
 from loop.internals.deepspeed_internals import numel_of
-from loop.model.build import adapters_of
+from loop.model.build import Data, adapters_of
 from loop.planning.decisions import Decided
 from loop.state import Job
 
@@ -45,6 +45,7 @@ def overview(job: Job, decided: Decided, model: PeftModel) -> str:
         **decided.said,
         "data": f"{len(data.train):,} rows, {tokens:,} tokens, {label_tokens:,} of them labels; "
         f"{len(data.validation):,} validation rows",
+        **_of_files(data),
         "effective batch": f"{batch.micro_batch_size} rows x {batch.grad_accum_steps} accumulated x "
         f"{batch.num_processes} processes = {batch.rows_per_step} rows",
         "steps": f"{batch.total_steps} ({batch.epochs} epochs of {batch.steps_per_epoch}), "
@@ -52,6 +53,13 @@ def overview(job: Job, decided: Decided, model: PeftModel) -> str:
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def _of_files(data: Data) -> dict[str, str]:
+    """A line for each file of several, and for each of which some rows are not simply learned."""
+    several = len(data.tallies) > 1 + bool(data.validation)
+    lines = {file: tally.told() or (f"{tally.rows:,} rows" if several else "") for file, tally in data.tallies.items()}
+    return {f"  {file}": said for file, said in lines.items() if said}
 
 
 def _left_out(model: PeftModel) -> dict[str, str]:

@@ -58,8 +58,8 @@ def main(argv: Sequence[str]) -> None:
         known.update(facts(model, optimizer))
         return model, optimizer
 
-    def save_and_check(model: Any, folder: Path, accelerator: Any) -> None:
-        save_adapter(model, folder, accelerator)
+    def save_and_check(model: Any, template: Any, folder: Path, accelerator: Any) -> None:
+        save_adapter(model, template, folder, accelerator)
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             if accelerator.is_main_process:
                 different = base_differences(model, Path(parse_recipe(argv)[1].model.name_or_path))
