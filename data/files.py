@@ -189,7 +189,8 @@ def _why_no_array(path: Path, error: Exception, read: int) -> str:
     """Says what is wrong with an array, with line and column where Python's own parser finds the same fault."""
     with _opened(path, "r", encoding="utf-8-sig") as file:
         _, problem = _decode(file.read(), 1)
-    problem = problem or f"not JSON that can be read ({error or 'nested too deeply'}, behind element {read})"
+    said = str(error).split("\n")[0] or "nested too deeply"
+    problem = problem or f"not JSON that can be read ({said}, behind element {read})"
     return f"{problem}. The file starts with '[', so it has to be one JSON array."
 
 

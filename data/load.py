@@ -88,14 +88,15 @@ class Loaded:
     tallies: dict[str, Tally]  # by file
 
     def shared(self) -> tuple[dict[str, Any], list[int]]:
-        """What another process needs to open the same examples: a description and open descriptors of their files."""
+        """What it takes to open the same examples once more, also in another process: a description, and descriptors
+        of their files, which the caller has to close or to give on."""
         said = {
             "examples": [self.train.description, self.validation.description],
             "times": self.times,
             "parts": self.parts,
             "tallies": {name: asdict(tally) for name, tally in self.tallies.items()},
         }
-        return said, [self.train.fd, self.validation.fd]
+        return said, [os.dup(self.train.fd), os.dup(self.validation.fd)]
 
     @classmethod
     def opened(cls, said: dict[str, Any], fds: list[int]) -> "Loaded":

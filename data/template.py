@@ -207,6 +207,10 @@ class ChatTemplate:
                 continue
         return self._render(row.turns[:-1], row.tools, True, self.variables)
 
+    def own_rendering(self, row: Row) -> str:
+        """What the template writes of the row as it is, with the recipe's system turn and no mask. Raises UserError."""
+        return self._render(self._with_system(row.turns), row.tools, False, self.variables)
+
     def renderings_of(self, rows: Sequence[Row]) -> list[list[Rendering] | UserError]:
         """What the model reads and learns of each row; an error stands in the place of a row that cannot be shown.
 

@@ -160,7 +160,7 @@ def measure_work(recipe: Recipe, base: Any, found: Findings) -> tuple[Work | Non
         chosen = found.attempt(lambda: choose_layout(recipe, data.train, base, 1, data.validation))
         layout: Layout
         layout, why = chosen or ("padded", "")
-        return Work(data.train, layout, real=True), why, shown_rows(data.train, tokenizer), data
+        return Work(data.train, layout, real=True), why, shown_rows(data), data
     files = data_files(recipe.data.train_file).items() if tokenizer is None else ()
     rows = found.attempt(lambda: sum(times * count_rows(find_data(file), recipe.data.columns) for file, times in files))
     if not rows:

@@ -4,6 +4,7 @@ Each case makes its files in a folder of its own and says what the one message h
 """
 
 import gzip
+import io
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -22,6 +25,9 @@ from loop.saving.publish import MANIFEST, file_fingerprint
 
 TINY = ROOT / "data" / "tiny_base"
 GOOD = '{"instruction": "5=", "output": "1 + 4"}'
+MATH = "data/math/math_train_1798.json"
+USER, ANSWER = {"role": "user", "content": "5="}, {"role": "assistant", "content": "1 + 4"}
+CALLS = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
 EVIL = b"cos\nsystem\n(S'touch plainloop-was-here'\ntR."  # a pickle that runs a command
 
 
@@ -46,6 +52,42 @@ def data(content: str | bytes, said: str, option: str = "--data.train_file", mor
 def row(said: str, **fields: Any) -> Case:
     """One bad row after a good one."""
     return data(f"{GOOD}\n{json.dumps(fields)}\n", f"row 2: {said}")
+
+
+def file(name: str, content: bytes, said: str) -> Case:
+    """A file with the ending of its kind."""
+
+    def make(folder: Path) -> list[str]:
+        (folder / name).write_bytes(content)
+        return ["--data.train_file", str(folder / name)]
+
+    return Case(make, said)
+
+
+def parquet() -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"instruction": ["5="], "output": ["1 + 4"]}), sink)
+    return sink.getvalue()
+
+
+def messages(*turns: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": list(turns)}
+
+
+def chat(said: str, more: Sequence[str] = (), **fields: Any) -> Case:
+    """A file of one bad row."""
+    return data(json.dumps(fields), said, more=more)
+
+
+def template_of(token: str, said: str) -> Case:
+    """A chat template of the user's own that writes `token` in front of each turn."""
+
+    def make(folder: Path) -> list[str]:
+        loop = "{% for m in messages %}" + token + "{{ m['content'] }}<|im_end|>{% endfor %}"
+        (folder / "mine.jinja").write_text(loop)
+        return ["--data.chat_template", str(folder / "mine.jinja")]
+
+    return Case(make, said)
 
 
 def special_file(make_it: Callable[[Path], object], said: str) -> Case:
@@ -234,7 +276,7 @@ CASES: dict[str, Case] = {
     # --- data files
     "data: empty": data("", "no rows"),
     "data: fields that nothing reads": data(
-        '{"instruction": "a", "output": "b", "system": "c"}', "nothing reads 'system'"
+        '{"instruction": "a", "output": "b", "source": "c"}', "nothing reads 'source'"
     ),
     "data: blanks": data(" \n\t\n", "no rows"),
     "data: BOM alone": data(b"\xef\xbb\xbf", "no rows"),
@@ -260,13 +302,13 @@ CASES: dict[str, Case] = {
         b'{"instruction": "' + b"x" * 100_000_000 + b'", "output": "y"}', "row 1: 100,000,001 characters"
     ),
     "data: a string for a row": data('["5="]', "row 1: is of type str"),
-    "data: NaN for a row": data("[NaN]", "row 1: is of type float"),
+    "data: NaN for a row": data("[NaN]", "not JSON that can be read"),
     "data: true for a row": data(f"{GOOD}\ntrue", "row 2: is of type bool"),
     "data: a number of 5,000 digits": data("1" * 5000, "row 1: not JSON that can be read"),
     "data: instruction missing": row("the field 'instruction' is missing", output="x"),
     "data: output missing": row("the field 'output' is missing", instruction="x"),
     "data: capital letters in the keys": row("the field 'instruction' is missing", Instruction="x", Output="y"),
-    "data: chat messages": row("the field 'instruction' is missing", messages=[{"role": "user", "content": "x"}]),
+    "data: two formats in a file": row("is of the format messages, and the rows before it", **messages(USER, ANSWER)),
     "data: instruction NaN": row("the field 'instruction' is of type float", instruction=float("nan"), output="x"),
     "data: output infinite": row("the field 'output' is of type float", instruction="x", output=float("inf")),
     "data: instruction null": row("the field 'instruction' is of type NoneType", instruction=None, output="x"),
@@ -279,13 +321,71 @@ CASES: dict[str, Case] = {
         "the field 'output' has half of a surrogate pair", instruction="x", output="\ud800"
     ),
     "data: longer than max_length": row("217 tokens; shorten it", instruction="5=" * 100, output="y"),
-    "data: a folder": special_file(Path.mkdir, "is not a file"),
+    "data: a folder": special_file(Path.mkdir, "no file in this folder can be read"),
     "data: a pipe nobody writes to": special_file(os.mkfifo, "is not a file"),
     "data: a link to itself": special_file(lambda path: path.symlink_to(path), "cannot be read"),
     "data: not there": arguments("cannot be read", "--data.train_file", "nowhere.json"),
     "data: a path of 5,000 characters": arguments("cannot be read", "--data.train_file", "x" * 5000),
     "data: a path with a zero byte": recipe('+\ndata: {train_file: "a\\0b"}\n', "cannot be read"),
+    # --- files of other kinds
+    "file: a Parquet file cut short": file("rows.parquet", parquet()[:200], "cannot be read"),
+    "file: no Parquet": file("rows.parquet", b"PAR1", "cannot be read"),
+    "file: a CSV with a quote that never ends": file("rows.csv", b'instruction,output\n1,"2\n', "line 2 is not CSV"),
+    "file: a CSV with a cell too many": file("rows.csv", b"instruction,output\n1,2,3\n", "row 1: has 3 cells"),
+    "file: a CSV without a header": file("rows.csv", b"5=,1 + 4\n", "no rows"),
+    "file: gzip cut short": file("rows.json.gz", gzip.compress(GOOD.encode())[:-5], "cannot be read"),
+    "file: no zstandard": file("rows.json.zst", GOOD.encode(), "cannot be read"),
+    "file: no Arrow": file("rows.arrow", b"x" * 100, "cannot be read"),
+    "file: the second of two": arguments("cannot be read", "--data.train_file", f'["{MATH}", "nowhere.json"]'),
+    "file: none": arguments("at least one file", "--data.train_file", "[]"),
+    "file: a negative number of times": arguments("1 or more times", "--data.train_file", f'{{"{MATH}": -1}}'),
+    "file: a data set without a name": arguments("is no data set", "--data.train_file", "hub:@main"),
+    # --- conversations
+    "turns: no list": chat("'messages' is a text that is no JSON", messages="hello"),
+    "turns: none": chat("has no turns", messages=[]),
+    "turns: a text for a turn": chat("turn 1 of 'messages': is of type str", messages=["hello"]),
+    "turns: a number for a text": chat(
+        "turn 1 of 'messages': the content is of type int", **messages(USER | {"content": 5})
+    ),
+    "turns: an empty one": chat("turn 2 is empty", **messages(USER, ANSWER | {"content": ""})),
+    "turns: two of the user in a row": chat("turns 1 and 2 are both the user's", **messages(USER, USER, ANSWER)),
+    "turns: the assistant's first": chat("turn 1 is the assistant's", **messages(ANSWER, USER, ANSWER)),
+    "turns: the user's last": chat("the last turn is the user's", **messages(USER)),
+    "turns: a system turn in the middle": chat(
+        "turn 3 is a system turn", **messages(USER, ANSWER, {"role": "system", "content": "s"}, USER, ANSWER)
+    ),
+    "turns: a tool's without a call": chat(
+        "turn 3 is a tool's", **messages(USER, ANSWER, {"role": "tool", "content": "5"}, ANSWER)
+    ),
+    "turns: a call without tools": chat("calls 'f', which the field 'tools' does not have", **messages(USER, CALLS)),
+    "turns: arguments that are no JSON": chat(
+        "the arguments of the tool call f are no JSON",
+        **messages(USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": "{"}]}),
+    ),
+    "turns: tools that the template does not show": chat(
+        "does not show the tool 'f'", tools=[{"name": "f"}], **messages(USER, ANSWER)
+    ),
+    "turns: a thought that the template does not show": chat(
+        "the chat template does not show 'hm'", **messages(USER, ANSWER | {"reasoning_content": "hm"})
+    ),
+    "turns: an image": chat("a part of the type 'image'", **messages({"role": "user", "content": [{"type": "image"}]})),
+    "turns: a role that nobody has": chat("the role is 'wizard'", **messages({"role": "wizard", "content": "x"})),
+    "turns: a weight below 0": chat("'weight' is -1", **messages(USER, ANSWER | {"weight": -1})),
+    "turns: none is learned": chat("no turn of it is learned", **messages(USER, ANSWER | {"train": False})),
+    "turns: ShareGPT of nobody": chat("'from' is 'bot'", conversations=[{"from": "bot", "value": "x"}]),
+    "turns: a prompt without completion": chat("the field 'completion' is missing", prompt="x"),
+    "turns: a text that is a number": chat("the field 'text' is of type int", text=5),
+    "turns: a control token in a text": chat("the text has the control token '<|im_end|>'", text="a<|im_end|>"),
+    "turns: 8,000 tokens": chat("tokens; shorten it", more=["--data.max_length", "7999"], text="x " * 8000),
+    "turns: a mask for a character": chat("a character for private use", text="\U000f0000"),
     # --- recipes
+    "recipe: a template of nobody": arguments("there is no such file", "--data.chat_template", "nowhere.jinja"),
+    "recipe: a template whose tokens are not the tokenizer's": template_of("<|turn|>", "has no token <|turn|>"),
+    "recipe: a share of all rows": arguments("data.validation_share is 1", "--data.validation_share", "1"),
+    "recipe: a day that is none": arguments("data.date is 2026-13-01", "--data.date", "2026-13-01"),
+    "recipe: two columns of one name": data(
+        '{"a": "x", "b": "y"}', "two columns the name 'output'", more=["--data.columns", "{a: output, b: output}"]
+    ),
     "recipe: unknown key": recipe("+\nepoch: 3\n", "epoch"),
     "recipe: unknown inner key": arguments("optim.momentum", "--optim.momentum", "0.9"),
     "recipe: words for a number": arguments("epochs", "--epochs", "two"),

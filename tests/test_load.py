@@ -151,7 +151,7 @@ def test_another_process_opens_the_same_examples(tmp_path: Path) -> None:
     file = written(tmp_path / "rows.jsonl", sums(range(20)))
     first = load({file: 2}, [file], READING)
     said, fds = first.shared()
-    second = Loaded.opened(json.loads(json.dumps(said)), [os.dup(fd) for fd in fds])
+    second = Loaded.opened(json.loads(json.dumps(said)), fds)
     del first
     assert ids(second.train) == expected(range(20))
     assert ids(second.validation) == expected(range(20))

@@ -67,7 +67,7 @@ PROMISES = {
     "Before you launch, `python -m loop.plan": "test_plan.py::test_recommends_stage_3_without_offload",
     "On two machines, give these commands": "distributed/test_launchers.py::test_two_machines_train_as_two_processes",
     "A JSON array or a JSONL file of objects": "test_rows.py::test_array_and_lines",
-    "Nothing is cut off": "test_chat.py::test_too_long_is_refused_not_cut",
+    "Nothing is cut off": "test_load.py::test_rows_that_are_too_long",
     "A run writes into `runs/<recipe>-<time>/`": "distributed/test_launch_files.py::test_launches",
     "| `metrics.jsonl` |": "test_tracking.py::test_lines_are_on_disk_at_once",
     "| `adapter/` |": "distributed/test_stages.py::test_adapter_is_whole_and_base_untouched",

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 from data.errors import UserError
@@ -20,6 +21,7 @@ from loop.guard.process import RunError
 SECONDS = 600.0  # for all processes of a machine to come to this place
 PAUSE = 0.05  # seconds between two tries to reach the process of local rank 0
 MOST_FDS = 16  # descriptors that travel at most
+CALLS = count()
 
 Result = tuple[dict[str, Any], list[int]]  # what can be written as JSON, and open descriptors of files
 
@@ -34,9 +36,9 @@ def once_per_machine(make: Callable[[], Result]) -> Result:
     if processes == 1 or sys.platform != "linux":
         return make()
     where = (os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), rank - local)
-    # An abstract address, which is no file. Two launches on a machine have different ports, and so have two launches
-    # that stand for two machines different first ranks.
-    address = f"\0plainloop-{os.getuid()}-{'-'.join(map(str, where))}"
+    # An abstract address, which is no file. Two launches on a machine have different ports, and two launches that stand
+    # for two machines different first ranks. All processes make the same calls in the same order.
+    address = f"\0plainloop-{os.getuid()}-{'-'.join(map(str, where))}-{next(CALLS)}"
     return _serve(address, processes - 1, make) if local == 0 else _ask(address)
 
 
@@ -72,14 +74,16 @@ def _serve(address: str, others: int, make: Callable[[], Result]) -> Result:
 def _ask(address: str) -> Result:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         _connect(connection, address)
-        head, fds, _, _ = socket.recv_fds(connection, 8, MOST_FDS)
         message = bytearray()
-        size = int.from_bytes(head, "big") if len(head) == 8 else 1
-        while len(message) < size:
-            part = connection.recv(min(2**20, size - len(message)))
-            if not part:
-                raise RunError("the process that reads the rows of this machine has ended; its message says why")
-            message += part
+        try:
+            head, fds, _, _ = socket.recv_fds(connection, 8, MOST_FDS)
+            size = int.from_bytes(head, "big") if len(head) == 8 else 1
+            while len(message) < size:
+                if not (part := connection.recv(min(2**20, size - len(message)))):
+                    raise ConnectionResetError
+                message += part
+        except ConnectionResetError:
+            raise RunError("the process that reads the rows of this machine has ended; its message says why") from None
     said: dict[str, Any] = json.loads(message)
     if "mistake" in said:
         raise UserError(said["mistake"])

@@ -1,6 +1,6 @@
 """Shows what a training would do without starting it: rows with their masks, learning rates, contradictions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data.errors import UserError
 from data.examples import Example
 from data.rows import count_rows
+from data.shown import shown, summary
 from loop.batch_arithmetic import warmup_steps
 from loop.model.build import Data, build_data, build_lr_scheduler, build_tokenizer
 from loop.model.limits import check_limits
@@ -102,21 +103,8 @@ def key_rates(recipe: Recipe, steps: int) -> list[tuple[int, float]]:
     return rates
 
 
-def pieces(example: Example) -> list[tuple[str, list[int]]]:
-    """The tokens of an example in their order: those that are masked and those that are learned, in turns."""
-    found, at = [], 0
-    for start, end, _ in example.spans:
-        found += [("masked", example.ids[at:start]), ("learned", example.ids[start:end])]
-        at = end
-    return [(kind, ids) for kind, ids in [*found, ("masked", example.ids[at:])] if ids]
-
-
-def shown_rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The first rows as the model reads them: for each, the text that is only read and the text that is learned."""
-    lines = []
-    for example in examples[:SHOWN]:
-        lines.append(f"row {example.row}")
-        for kind, ids in pieces(example):
-            text = str(tokenizer.decode(ids)).replace("\n", "\\n")
-            lines.append(f"  {kind:<7} {len(ids):>4} tokens  {text}")
-    return "\n".join(lines)
+def shown_rows(data: Data) -> str:
+    """A summary of the training rows, and the first of them as the model reads them."""
+    assert data.template is not None
+    rows = [shown(example, data.template) for example in data.train[:SHOWN]]
+    return "\n".join([*summary(data.train, data.tallies), *rows])

@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
 
-from data.examples import label_lengths_of, lengths_of
+from data.shown import summary
 from loop.engine.accelerator import mixed_precision
 from loop.internals.deepspeed_internals import numel_of
-from loop.model.build import Data, adapters_of
+from loop.model.build import adapters_of
 from loop.planning.decisions import Decided
 from loop.state import Job
 
@@ -32,7 +32,7 @@ def overview(job: Job, decided: Decided, model: PeftModel) -> str:
     sizes = [(numel_of(p), p) for p in model.parameters()]
     trainable = sum(size for size, p in sizes if p.requires_grad)
     everything = sum(size for size, _ in sizes)
-    label_tokens, tokens = int(label_lengths_of(data.train).sum()), int(lengths_of(data.train).sum())
+    about = summary(data.train, data.tallies)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for _, p in sizes if p.requires_grad})
     lines = {
         "run folder": job.run_dir,
@@ -43,9 +43,8 @@ def overview(job: Job, decided: Decided, model: PeftModel) -> str:
         f"({100 * trainable / everything:.2f} %)",
         **_left_out(model),
         **decided.said,
-        "data": f"{len(data.train):,} rows, {tokens:,} tokens, {label_tokens:,} of them labels; "
-        f"{len(data.validation):,} validation rows",
-        **_of_files(data),
+        "data": f"{about[0]}; {len(data.validation):,} validation rows",
+        **{f"data, {number}": line for number, line in enumerate(about[1:], start=2)},
         "effective batch": f"{batch.micro_batch_size} rows x {batch.grad_accum_steps} accumulated x "
         f"{batch.num_processes} processes = {batch.rows_per_step} rows",
         "steps": f"{batch.total_steps} ({batch.epochs} epochs of {batch.steps_per_epoch}), "
@@ -53,13 +52,6 @@ def overview(job: Job, decided: Decided, model: PeftModel) -> str:
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
-
-
-def _of_files(data: Data) -> dict[str, str]:
-    """A line for each file of several, and for each of which some rows are not simply learned."""
-    several = len(data.tallies) > 1 + bool(data.validation)
-    lines = {file: tally.told() or (f"{tally.rows:,} rows" if several else "") for file, tally in data.tallies.items()}
-    return {f"  {file}": said for file, said in lines.items() if said}
 
 
 def _left_out(model: PeftModel) -> dict[str, str]:

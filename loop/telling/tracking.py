@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data.errors import UserError
 from loop.engine.accelerator import on_main_process
 from loop.guard.process import RunError, Stopped
-from loop.recipe import Recipe, recipe_as_dict
+from loop.recipe import Recipe, data_files, recipe_as_dict
 
 
 class TrackerThread:
@@ -188,12 +188,12 @@ def tracker_config(recipe: Recipe) -> dict[str, Any]:
     """What the reference shows of a run (model, data set and three LoRA numbers), and then all keys without nesting."""
     flat: dict[str, Any] = {
         "model": recipe.model.name_or_path,
-        "dataset": recipe.data.train_file,
+        "dataset": ", ".join(data_files(recipe.data.train_file)),
         "lora_rank": recipe.lora.rank,
         "lora_alpha": recipe.lora.alpha,
         "lora_dropout": recipe.lora.dropout,
     }
     for key, value in recipe_as_dict(recipe).items():
         inner = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{key}.{name}".rstrip("."): str(v) if isinstance(v, list) else v for name, v in inner.items()}
+        flat |= {f"{key}.{name}".rstrip("."): str(v) if isinstance(v, list | dict) else v for name, v in inner.items()}
     return flat
