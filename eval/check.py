@@ -1,4 +1,5 @@
-"""Judges answers to the reference task. These functions take text, return a verdict, and touch nothing else."""
+"""Judges answers: those to the reference task, and those that have to be a given text. These functions take text,
+return a verdict, and touch nothing else."""
 
 import re
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from data.sums import ANSWER_PREFIX
 class Verdict:
     """Says whether an answer is right. `reason` is empty for a right answer and says what is wrong with any other."""
 
-    prefix: bool  # the answer begins with the prefix
-    right: bool  # the answer begins with the prefix, and the rest is "a + b" with a + b = x
+    prefix: bool  # the answer begins as it has to; without a prefix in the task, the same as `right`
+    right: bool  # in the reference task: the answer begins with the prefix, and the rest is "a + b" with a + b = x
     reason: str
 
 
@@ -43,3 +44,9 @@ def check_answer(x: int, answer: str) -> Verdict:
     if a + b != x:
         return Verdict(True, False, f"{a} + {b} = {a + b}, not {x}")
     return Verdict(True, True, "")
+
+
+def check_exact(expected: str, answer: str) -> Verdict:
+    """Judges an answer that has to be a given text; blanks around the two do not matter."""
+    right = answer.strip() == expected.strip()
+    return Verdict(right, right, "" if right else f"not {expected.strip()[:80]!r}")

@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from data.examples import Example
 from data.rows import Problems, read_rows
 from eval.answers.generate import generate, load_model, timed
 from eval.answers.vllm_backend import ask_vllm, check_vllm
-from eval.check import Verdict, check_answer, number_asked
+from eval.check import Verdict, check_answer, check_exact, number_asked
 from eval.files import user_error
 from eval.reference import PUBLISHED_ANSWERS
 from eval.reporting.markdown import markdown_table
@@ -43,6 +43,10 @@ from loop.saving.checkpoint import ADAPTER, first_difference, names_in_files
 from loop.saving.content import INPUTS, model_sha256
 from loop.saving.run_folder import write_json
 
+JUDGES: dict[str, Callable[[Row, str], Verdict]] = {
+    "sums": lambda row, answer: check_answer(number_asked(row.question), answer),
+    "exact": lambda row, answer: check_exact(row.answer, answer),
+}
 SHOWN_ANSWERS = 3  # answers of each model that are printed
 
 
@@ -59,6 +63,7 @@ class Question:
     max_new_tokens: int
     backend: str = "transformers"
     verify: int = 0  # the first so many rows are asked once more, one at a time
+    judge: str = "sums"
 
 
 @dataclass(frozen=True)
@@ -155,10 +160,8 @@ def ask_everywhere(question: Question) -> Asked:
 def evaluate(question: Question) -> tuple[Score, list[tuple[Row, str, Verdict]]]:
     """Asks all rows and judges the answers. Every rank has to call this function."""
     asked = ask_everywhere(question)
-    judged = [
-        (row, answer, check_answer(number_asked(row.question), answer))
-        for row, answer in zip(question.rows, asked.answers, strict=True)
-    ]
+    judge = JUDGES[question.judge]
+    judged = [(row, answer, judge(row, answer)) for row, answer in zip(question.rows, asked.answers, strict=True)]
     score = Score(
         accuracy=sum(verdict.right for _, _, verdict in judged) / len(judged),
         prefix_rate=sum(verdict.prefix for _, _, verdict in judged) / len(judged),
@@ -204,6 +207,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--adapter-only", action="store_true", help="with --run: ask the fine-tuned model alone")
     parser.add_argument("--data", default=str(ROOT / "data/math/math_eval_200.json"), help="rows to ask")
+    parser.add_argument(
+        "--judge", choices=tuple(JUDGES), default="sums", help="sums: the reference task; exact: the row's own answer"
+    )
     parser.add_argument("--limit", type=int, help="ask only the first so many rows")
     parser.add_argument("--batch-size", type=int, help="prompts generated at once (default: what fits into memory)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens after which an answer is cut off")
@@ -232,9 +238,9 @@ def questions(args: argparse.Namespace) -> list[Question]:
         options += ["--model.name_or_path", args.model]
     recipe = parse_recipe(options)[1]
     path = find_path(args.data)
-    rows = read_rows(path)[: args.limit]
+    rows = read_rows(path, recipe.data.columns)[: args.limit]
     problems = Problems()
-    for row in rows:
+    for row in rows if args.judge == "sums" else ():
         problem = _not_a_question(row)
         problems.add(f"row {row.number}: {problem}" if problem else None)
     problems.fail(path)
@@ -256,6 +262,7 @@ def questions(args: argparse.Namespace) -> list[Question]:
             max_new_tokens=args.max_new_tokens,
             backend=args.backend,
             verify=args.verify,
+            judge=args.judge,
         )
         for label, adapter in adapters.items()
     ]
