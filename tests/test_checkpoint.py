@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from data.chat import encode_row, prompt_ids
+from data.conversation import question
 from data.errors import UserError
+from data.template import ChatTemplate
 from loop.guard.process import RunError
 from loop.recipe import parse_recipe
 from loop.saving.checkpoint import (
@@ -52,6 +56,23 @@ def test_saved_adapter_is_the_models(model: PeftModel, tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"], "nothing is left beside it"
+
+
+def test_the_adapter_folder_asks_as_the_run_did(model: PeftModel, tmp_path: Path) -> None:
+    """A stranger who opens it has the prompts of the run and stops where its labels end, also with another template."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    template = ChatTemplate(tokenizer, "Be short.")
+    save_adapter(model, template, tmp_path / "adapter", Accelerator(cpu=True))
+    opened = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    row = question(1, "5=", "2 + 3")
+    turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "5="}]
+    asked: Any = opened.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+    (example,) = encode_row(row, template)
+    assert asked["input_ids"] == example.prompt_ids == prompt_ids(row, template)
+    stops = GenerationConfig.from_pretrained(tmp_path / "adapter").eos_token_id
+    assert example.label_ids[-1] == opened.convert_tokens_to_ids("<|endoftext|>")
+    assert set(stops) == {example.label_ids[-1], tokenizer.eos_token_id}
 
 
 RUN = {"recipe": {}, "model_sha256": "", "train_file_sha256": "", "rows_per_step": 1, "mixed_precision": "no"}

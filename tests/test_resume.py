@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import redirect_stdout
+from datetime import date
 from io import StringIO
 from pathlib import Path
 from typing import Any, cast
@@ -171,3 +172,15 @@ def test_a_run_is_not_made_shorter_than_it_is() -> None:
     with pytest.raises(UserError, match=r"4 steps are learned, and the run would have 2. Give more epochs"):
         resumed(SEVEN, SEVEN, "--epochs", "1")
     assert "this was a run of 2 epochs" in resumed(SEVEN, SEVEN, "--epochs", "1", steps=2)
+
+
+def test_a_run_keeps_its_day() -> None:
+    """A new run begins on a day, and a resume goes on with it, whatever day it is by then."""
+    recipe = parse_recipe(["--config", str(DEBUG)])[1]
+    assert recipe.data.date is None
+    assert keep_decisions(None, recipe).data.date == date.today().isoformat()
+    then = {"run": {"recipe": {"data": {"date": "2020-02-29"}}}}
+    checkpoint = Checkpoint(Path("step-000004"), then, {}, {})
+    assert keep_decisions(checkpoint, recipe).data.date == "2020-02-29"
+    given = parse_recipe(["--config", str(DEBUG), "--data.date", "2021-01-01"])[1]
+    assert keep_decisions(checkpoint, given).data.date == "2021-01-01", "which the resume then refuses"
