@@ -1,12 +1,15 @@
 """Reads and tokenizes the files of a run: in several processes where the files are large, and once for a machine."""
 
+import ctypes
 import hashlib
 import multiprocessing
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -28,6 +31,7 @@ INLINE = 4  # batches of a file that this process tokenizes by itself, before it
 AHEAD = 3  # batches for each process that wait for it or for being written
 
 HELD_OUT = "held_out"  # the name in val/loss of the rows that validation_share takes
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 TooLong = Literal["error", "drop", "cut"]
 
 
@@ -199,22 +203,30 @@ def _encode_all(batches: Iterator[list[Record]], reading: Reading) -> Iterator[t
         for batch in (following, *batches):
             yield batch, encode_records(batch, reading)
         return
-    # A forked process has the tokenizer and the template at once; this process has started no threads so far that a
-    # fork could disturb, and tokenizers is told to start none in the others.
+    # A forked process has the tokenizer and the template at once. It has no threads of this one, so tokenizers is told
+    # to use none there.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _become_worker, (reading,)) as pool:
-        waiting: deque[tuple[list[Record], Future[Encoded]]] = deque([(following, pool.submit(_work, following))])
-        while waiting:
-            for batch in islice(batches, AHEAD * workers - len(waiting)):
-                waiting.append((batch, pool.submit(_work, batch)))
-            batch, future = waiting.popleft()
-            yield batch, future.result()
+    try:
+        with ProcessPoolExecutor(workers, context, _become_worker, (reading,)) as pool:
+            waiting: deque[tuple[list[Record], Future[Encoded]]] = deque([(following, pool.submit(_work, following))])
+            while waiting:
+                for batch in islice(batches, AHEAD * workers - len(waiting)):
+                    waiting.append((batch, pool.submit(_work, batch)))
+                batch, future = waiting.popleft()
+                yield batch, future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that tokenizes rows was ended from outside, perhaps for lack of memory. Free some, or start on "
+            "fewer cores (taskset)."
+        ) from None
 
 
 _READING: list[Reading] = []  # of a worker process
 
 
 def _become_worker(reading: Reading) -> None:
+    """Makes this process one that tokenizes; it ends with the process that has started it, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _READING.append(reading)
 
@@ -242,32 +254,30 @@ def encode_records(batch: list[Record], reading: Reading) -> Encoded:
     train: list[Example] = []
     validation: list[Example] = []
     tally = Tally(rows=len(batch))
-    for row, examples in _encoded(rows, reading, problems):
+    rows = [row for row in rows if not _is_surely_too_long(row, reading, tally, problems)]
+    for row, examples in zip(rows, encode_batch(rows, reading.template), strict=True):
+        if isinstance(examples, UserError):
+            problems[row.number] = str(examples)
+            continue
         kept = [fitting for example in examples if (fitting := _fitted(example, reading, tally, problems))]
         tally.examples += len(kept)
         (validation if _is_held_out(row, reading.validation_share) else train).extend(kept)
     return Encoded(Packed.of(train), Packed.of(validation), tally, formats, problems)
 
 
-def _encoded(rows: list[Row], reading: Reading, problems: dict[int, str]) -> Iterator[tuple[Row, list[Example]]]:
-    """Yields each good row with its examples, and adds to `problems` what is wrong with the others."""
-    # Characters that max_length tokens can have: a row with more is surely too long, and may be too much for the
-    # tokenizer.
-    most = reading.max_length * reading.template.longest_token
-    fitting = []
-    for row in rows:
-        characters = sum(map(len, row.plain or ())) + sum(len(turn.content) for turn in row.turns)
-        if characters <= most or reading.too_long == "cut":
-            fitting.append(row)
-        elif reading.too_long == "error":
-            problems[row.number] = _too_long(f"{characters:,} characters", reading)
-        else:
-            yield row, [Example(row.number, [0] * (reading.max_length + 1), ())]
-    for row, examples in zip(fitting, encode_batch(fitting, reading.template), strict=True):
-        if isinstance(examples, UserError):
-            problems[row.number] = str(examples)
-        else:
-            yield row, examples
+def _is_surely_too_long(row: Row, reading: Reading, tally: Tally, problems: dict[int, str]) -> bool:
+    """Whether a row has more characters than max_length tokens can have, which is counted.
+
+    Its tokens may be too much for the tokenizer. Where long rows are cut, its beginning is wanted all the same.
+    """
+    characters = sum(map(len, row.plain or ())) + sum(len(turn.content) for turn in row.turns)
+    if characters <= reading.max_length * reading.template.longest_token or reading.too_long == "cut":
+        return False
+    if reading.too_long == "error":
+        problems[row.number] = _too_long(f"{characters:,} characters", reading)
+    else:
+        tally.dropped += 1
+    return True
 
 
 def _fitted(example: Example, reading: Reading, tally: Tally, problems: dict[int, str]) -> Example | None:

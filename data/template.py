@@ -32,7 +32,6 @@ VARIABLES: tuple[Mapping[str, Any], ...] = (
     *({}, {"enable_thinking": False}, {"thinking": False}),
     *({"enable_thinking": True}, {"thinking": True}),
 )
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under which templates look for a thought
 BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 SHOWN = 40  # characters that a message shows of a rendering, on both sides of a place
 
@@ -87,7 +86,6 @@ class ChatTemplate:
         self.begin = _begin_of_texts(tokenizer)  # the tokens with which a text begins that no template writes
         self.longest_token = max(map(len, tokenizer.get_vocab()))  # characters
         self.arguments_as_text = False
-        self.reasoning: str | None = None
         prompt, whole = self._try()
         self.before, _, self.after = prompt.partition(USER)
         self.tail = whole[len(prompt) :].partition(ANSWER)[2]  # what it writes behind an answer
@@ -95,7 +93,7 @@ class ChatTemplate:
         self.ends_itself = self.tail.startswith(self.end)  # False where the next turn ends an answer
         self.beyond = self.tail[len(self.end) :] if self.ends_itself else ""  # no label
         self.arguments_as_text = self._wants_arguments_as_text()
-        self.reasoning = self._find_reasoning()
+        self.shows_thoughts = self._shows_thoughts()
 
     def _try(self) -> tuple[str, str]:
         """Finds the way to ask the template; returns a prompt, and the conversation with an answer behind it."""
@@ -136,18 +134,16 @@ class ChatTemplate:
         run = found[0]
         return tail[: found.start()] + (run[: run.index(self.eos) + len(self.eos)] if self.eos in run else run)
 
-    def _find_reasoning(self) -> str | None:
-        """The name of the field in which the template looks for a thought; None where it shows none."""
+    def _shows_thoughts(self) -> bool:
+        """Whether the template has a place for a thought, with one of the variables."""
         turns = self._with_system([Turn("user", USER), Turn("assistant", ANSWER, reasoning=THOUGHT)])
-        for name in REASONING:
-            self.reasoning = name
-            for variables in VARIABLES:
-                try:
-                    if THOUGHT in self._render(turns, (), False, variables):
-                        return name
-                except UserError:
-                    continue
-        return None
+        for variables in VARIABLES:
+            try:
+                if THOUGHT in self._render(turns, (), False, variables):
+                    return True
+            except UserError:
+                continue
+        return False
 
     def last_control(self, text: str, start: int, end: int) -> int:
         """The place of the last control token in text[start:end]; 0 where it has none."""
@@ -188,9 +184,11 @@ class ChatTemplate:
         for each control token that is only text."""
         turns = list(row.turns)
         if self.parse:
-            thoughts, calls = self.reasoning is not None, "<tool_call>" in self.control
-            turns = [read_markup(turn, thoughts, calls) if turn.role == "assistant" else turn for turn in turns]
-        in_content = self.parse and self.reasoning is None and "<think>" in self.control
+            calls = "<tool_call>" in self.control
+            turns = [
+                read_markup(turn, self.shows_thoughts, calls) if turn.role == "assistant" else turn for turn in turns
+            ]
+        in_content = self.parse and not self.shows_thoughts and "<think>" in self.control
         masked = self.masks.in_row(Row(row.number, tuple(turns), row.tools), in_content)
         return Row(row.number, tuple(self._with_system(masked.turns)), masked.tools)
 
@@ -362,7 +360,7 @@ class ChatTemplate:
         content: Any = [{"type": "text", "text": turn.content}] if self.as_parts else turn.content
         message: dict[str, Any] = {"role": turn.role, "content": content}
         if turn.reasoning:
-            message[self.reasoning or REASONING[0]] = turn.reasoning
+            message["reasoning_content"] = turn.reasoning  # transformers gives it other names too
         if turn.tool_calls:
             message["tool_calls"] = [
                 {

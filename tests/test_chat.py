@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from data.examples import Example
 from data.formats import read_row
 from data.layout import IGNORE_INDEX, collate
 from data.template import ChatTemplate
+from loop.model.build import build_template, build_tokenizer
+from loop.recipe import parse_recipe
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_base"
 SYSTEM = "你是一个有帮助的助手,帮我解决下面数学问题"
@@ -128,3 +131,19 @@ def test_a_prompt_is_asked_as_it_was_learned(tokenizer: Any) -> None:
         assert (
             prompt_ids(question(1, user, "c"), template) == encode_row(question(1, user, "c"), template)[0].prompt_ids
         )
+
+
+def test_a_model_without_a_template_gets_one(tokenizer: Any, tmp_path: Path) -> None:
+    """chatml, a file and another model give the same here, because the embedded model's own template is ChatML."""
+    (expected,) = encode_row(ROWS[0], ChatTemplate(tokenizer, SYSTEM))
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    (tmp_path / "mine.jinja").write_text((TINY / "chat_template.jinja").read_text())
+    words = ["--model.name_or_path", str(tmp_path / "model"), "--data.system_prompt", SYSTEM]
+    with pytest.raises(UserError, match=r"no chat template\. Use an Instruct model, or set data.chat_template"):
+        build_template(recipe := parse_recipe(words)[1], build_tokenizer(recipe))
+    for named in ("chatml", str(tmp_path / "mine.jinja"), str(TINY)):
+        recipe = parse_recipe([*words, "--data.chat_template", named])[1]
+        template = build_template(recipe, build_tokenizer(recipe))
+        assert encode_row(ROWS[0], template) == [expected]
+        assert template.tokenizer.chat_template is not None, "which the adapter's folder gets"

@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from transformers import AutoTokenizer
 
@@ -171,6 +174,42 @@ def test_a_data_set_is_read_by_its_name(tmp_path: Path) -> None:
         load({f"hub:{folder}:nothing": 1}, [], READING)
     with pytest.raises(UserError, match="is no data set"):
         load({"hub::": 1}, [], READING)
+
+
+KILLED = """
+import os, sys, time
+import data.load
+from data.load import Reading, load
+from data.template import ChatTemplate
+from transformers import AutoTokenizer
+
+def work(batch, reading):
+    if batch[0][0] > 1:  # in a process of its own
+        print(os.getpid(), flush=True)
+        time.sleep(600)
+    return real(batch, reading)
+
+real, data.load.encode_records, data.load.BATCH, data.load.INLINE = data.load.encode_records, work, 2, 1
+os.sched_getaffinity = lambda pid: [0, 1]
+load({sys.argv[1]: 1}, [], Reading(ChatTemplate(AutoTokenizer.from_pretrained(sys.argv[2])), 200))
+"""
+
+
+@pytest.mark.parametrize("victim", ["parent", "worker"])
+def test_a_kill_leaves_no_process_behind(victim: str, tmp_path: Path) -> None:
+    file = written(tmp_path / "rows.jsonl", sums(range(20)))
+    command = [sys.executable, "-c", KILLED, file, str(TINY)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        workers = [int(process.stdout.readline()) for _ in range(2)]
+        os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
+        said = process.communicate(timeout=60)[1]
+    if victim == "worker":
+        assert "a process that tokenizes rows was ended from outside" in said
+    deadline = time.monotonic() + 60
+    while any(map(psutil.pid_exists, workers)):
+        assert time.monotonic() < deadline, "a worker is left"
+        time.sleep(0.1)
 
 
 ONCE = """

@@ -115,10 +115,11 @@ def test_what_is_spelled_is_characters(name: str, said: str) -> None:
     assert tokenizer.decode(example.label_ids[:-1]).strip() == said.strip()
 
 
-def test_the_texts_of_a_conversation_are_one_text() -> None:
+@pytest.mark.parametrize("strips", [False, True])
+def test_the_texts_of_a_conversation_are_one_text(strips: bool) -> None:
     """Ids of a conversation are those of its whole text, whichever tokenizer; a case of public reports."""
     for name in MAKERS:
-        tokenizer = wrapped(bare_of(name))
+        tokenizer = wrapped(bare_of(name), strips=strips)
         row = question(1, "one  two", "ten\n\nmen", [("the", "then")])
         (example,) = encode_row(row, ChatTemplate(tokenizer))
         messages = [{"role": turn.role, "content": turn.content} for turn in row.turns]

@@ -78,7 +78,7 @@ def find_template(name: str, trust_remote_code: bool = False) -> str:
     path = find_path(name)
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    if path.suffix or path.is_absolute() or name.startswith("."):
+    if not path.is_dir() and (name.endswith((".jinja", ".j2", ".txt")) or path.is_absolute() or name.startswith(".")):
         raise UserError(f"data.chat_template {name}: there is no such file. Give chatml, a file, or a model.")
     try:
         template = open_tokenizer(find_model(name), trust_remote_code).chat_template
