@@ -151,7 +151,9 @@ class ChatTemplate:
 
     def control_at_end(self, text: str) -> str:
         """The control token with which `text` ends; nothing where it ends otherwise."""
-        return max((token for token in self.control if text.endswith(token)), key=len, default="")
+        if not text.endswith(tuple(self.control)):
+            return ""
+        return max((token for token in self.control if text.endswith(token)), key=len)
 
     def _wants_arguments_as_text(self) -> bool:
         """Whether the template writes the arguments of a tool call as Python writes them, unless it gets JSON."""
@@ -294,7 +296,7 @@ class ChatTemplate:
         wanted = [turn.content, turn.reasoning, *(text for call in turn.tool_calls for text in _texts(call))]
         missing = [text for text in wanted if not _shown(text, rest)]
         learned = rest.removesuffix(self.beyond) if self.ends_itself else rest + self.eos
-        ended = not self.ends_itself or any(learned.endswith(token) for token in self.control)
+        ended = not self.ends_itself or learned.endswith(tuple(self.control))
         if missing or not ended:
             raise UserError(
                 f"the chat template does not show {(missing or [turn.content])[0].strip()[:SHOWN]!r}, but makes "
