@@ -1,6 +1,7 @@
 """Reads and tokenizes the files of a run: in several processes where the files are large, and once for a machine."""
 
 import ctypes
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -198,6 +199,7 @@ def _encode_all(batches: Iterator[list[Record]], reading: Reading) -> Iterator[t
     following = next(batches, None)
     if following is None:
         return
+    gc.freeze()  # the libraries' many objects, which the garbage collector would look through for every few rows
     workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     if workers == 1:
         for batch in (following, *batches):

@@ -175,12 +175,13 @@ def evaluate(question: Question) -> tuple[Score, list[tuple[Row, str, Verdict]]]
     return score, judged
 
 
-def table(scores: dict[str, Score], num_rows: int, batch_size: int | None) -> str:
-    """Returns our results beside those of the reference, as a Markdown table."""
+def table(scores: dict[str, Score], num_rows: int, batch_size: int | None, judge: str = "sums") -> str:
+    """Returns our results as a Markdown table; in the reference's task beside those of the reference."""
     ours = f"{num_rows}, {batch_size or 'what fits'}"
-    columns: list[dict[str, Any]] = [*PUBLISHED_ANSWERS.values(), *(asdict(score) for score in scores.values())]
+    published = PUBLISHED_ANSWERS if judge == "sums" else {}
+    columns: list[dict[str, Any]] = [*published.values(), *(asdict(score) for score in scores.values())]
     rows = [
-        ("prompts, batch size", ["20, 1"] * len(PUBLISHED_ANSWERS) + [ours] * len(scores)),
+        ("prompts, batch size", ["20, 1"] * len(published) + [ours] * len(scores)),
         ("accuracy", [f"{c['accuracy']:.3f}" for c in columns]),
         ("prefix right", [f"{c['prefix_rate']:.3f}" if "prefix_rate" in c else "–" for c in columns]),
         ("seconds", [f"{c['seconds']:.2f}" for c in columns]),
@@ -188,7 +189,9 @@ def table(scores: dict[str, Score], num_rows: int, batch_size: int | None) -> st
         ("peak memory, loading, MB", [_megabytes(c["peak_load_bytes"]) for c in columns]),
         ("peak memory, inference beyond that, MB", [_megabytes(c["peak_inference_bytes"]) for c in columns]),
     ]
-    names = [f"reference, {label}" for label in PUBLISHED_ANSWERS] + [f"ours, {label}" for label in scores]
+    if judge != "sums":
+        rows = [row for row in rows if row[0] != "prefix right"]
+    names = [f"reference, {label}" for label in published] + [f"ours, {label}" for label in scores]
     return markdown_table(["", *names], [[name, *cells] for name, cells in rows])
 
 
@@ -349,7 +352,7 @@ def main(argv: Sequence[str]) -> None:
                 print(f"  {row.question}  {answer!r}  {verdict.reason or 'right'}")
     if not main_process:
         return
-    print(f"\n{table(scores, len(to_ask[0].rows), args.batch_size)}")
+    print(f"\n{table(scores, len(to_ask[0].rows), args.batch_size, args.judge)}")
     for label, score in scores.items():
         if score.verified:
             print(f"{label}: {score.different} of {score.verified} answers differ from those asked for one at a time")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from data.errors import UserError
-from eval.run import Score, parse, questions, write_results
+from eval.run import JUDGES, Score, parse, questions, table, write_results
 from loop.recipe import ROOT, parse_recipe, recipe_as_dict
 from tests.sample_runs import usage, write_evaluation, write_run
 
@@ -33,6 +33,23 @@ def run(tmp_path: Path) -> Path:
 def test_a_finished_run_is_asked_before_and_after(run: Path) -> None:
     asked = questions(parse(["--run", str(run), "--limit", "3"]))
     assert [(q.label, q.adapter, len(q.rows)) for q in asked] == [("base", None, 3), ("tuned", run / "adapter", 3)]
+
+
+def test_conversations_are_judged_by_their_own_answers(run: Path, tmp_path: Path) -> None:
+    """The last question of a row is asked; without a judge for it, a row that is no sum is refused."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b")) * 2]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}))
+    words = ["--run", str(run), "--data", str(tmp_path / "rows.jsonl")]
+    base, tuned = questions(parse([*words, "--judge", "exact"]))
+    assert base.judge == tuned.judge == "exact"
+    assert JUDGES["exact"](base.rows[0], " b ").right
+    assert not JUDGES["exact"](base.rows[0], "c").right
+    with pytest.raises(UserError, match="'a' is no question of the reference task"):
+        questions(parse(words))
+    score = Score(0.5, 0.5, 1.0, 2.0, None, None)
+    assert "reference" not in table({"base": score}, 1, None, "exact")
+    assert "prefix right" not in table({"base": score}, 1, None, "exact")
+    assert "reference, base" in table({"base": score}, 1, None)
 
 
 def rewrite(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
