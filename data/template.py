@@ -93,6 +93,7 @@ class ChatTemplate:
         self.ends_itself = self.tail.startswith(self.end)  # False where the next turn ends an answer
         self.beyond = self.tail[len(self.end) :] if self.ends_itself else ""  # no label
         self.arguments_as_text = self._wants_arguments_as_text()
+        self.call_marks = self._marks_of_a_call()
         self.shows_thoughts = self._shows_thoughts()
 
     def _try(self) -> tuple[str, str]:
@@ -164,6 +165,17 @@ class ChatTemplate:
         except UserError:
             return False
 
+    def _marks_of_a_call(self) -> list[str]:
+        """The control tokens that the template writes around a tool call, and not in an answer without one."""
+        call = {"name": "f", "arguments": {}}
+        turns = [[Turn("user", USER), Turn("assistant", ANSWER)]]
+        turns.append([turns[0][0], Turn("assistant", "", tool_calls=(call,))])
+        try:
+            plain, with_call = (self._render(each, (), False, self.variables) for each in turns)
+        except UserError:
+            return []
+        return [token for token in self.control if token in with_call and token not in plain]
+
     @property
     def stop_token(self) -> int:
         """The id of the token with which a trained answer ends."""
@@ -190,6 +202,12 @@ class ChatTemplate:
             turns = [
                 read_markup(turn, self.shows_thoughts, calls) if turn.role == "assistant" else turn for turn in turns
             ]
+            for turn in turns:
+                if turn.role == "assistant" and (marks := [mark for mark in self.call_marks if mark in turn.content]):
+                    raise UserError(
+                        f"an answer has {marks[0]!r} in its text, with which this model calls tools; put the call into "
+                        "the field tool_calls, or set data.assistant_markup: plain to learn it as plain text"
+                    )
         in_content = self.parse and not self.shows_thoughts and "<think>" in self.control
         masked = self.masks.in_row(Row(row.number, tuple(turns), row.tools), in_content)
         return Row(row.number, tuple(self._with_system(masked.turns)), masked.tools)

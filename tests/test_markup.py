@@ -67,6 +67,20 @@ def test_a_call_that_cannot_be_read_is_named(text: str, said: str) -> None:
         read_markup(assistant(text), thoughts=True, tool_calls=True)
 
 
+@pytest.mark.parametrize("name", ["lfm2_2_5", "gemma4", "muse_glimmer", "qwen3_6"])
+def test_a_call_in_another_notation_is_not_taken_for_text(name: str) -> None:
+    """The notation of the template's own rendering, in the text of an answer: it is named, unless it is to be plain."""
+    tokenizer = tokenizer_of(name)
+    template = ChatTemplate(tokenizer)
+    call = encode_row(KINDS["tool"], template)[0]
+    text = tokenizer.decode(call.ids[call.spans[0].start : call.spans[0].end]).removesuffix(template.end)
+    assert any(mark in text for mark in template.call_marks)
+    row = replace(KINDS["tool"], turns=(user("Add 2."), assistant(text)), tools=())
+    with pytest.raises(UserError, match=r"with which this model calls tools|is no JSON with name and arguments"):
+        encode_row(row, template)
+    assert encode_row(row, ChatTemplate(tokenizer, parse=False))
+
+
 def test_text_before_calls_stays_text() -> None:
     turn = read_markup(assistant(f"I add.\n{CALL}\n{CALL}"), thoughts=True, tool_calls=True)
     call = {"name": "add", "arguments": {"a": 2}, "id": ""}
