@@ -10,13 +10,14 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import UserError
 
+T = TypeVar("T")
 TOKEN = "I"  # the type code of 4 bytes, because vocabularies have more than 65,536 tokens
 NUMBERS, WEIGHTS = "q", "d"  # the type codes of 8 bytes, for integers and for real numbers
 
@@ -94,7 +95,26 @@ class Packed(NamedTuple):
         return packed._replace(digests=bytes(digests))
 
 
-class Examples(Sequence[Example]):
+class OnDisk(Sequence[Example]):
+    """A sequence whose subclass reads one example at a time."""
+
+    @overload
+    def __getitem__(self, i: int) -> Example: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Example]: ...
+    def __getitem__(self, i: int | slice) -> Example | list[Example]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        return self._read(i % len(self))
+
+    def _read(self, i: int) -> Example:
+        """The example at the place 0 <= i < len(self)."""
+        raise NotImplementedError
+
+
+class Examples(OnDisk):
     """Keeps examples in a temporary file, which disappears with the process; each access reads one example.
 
     The tokens are read by position and not mapped into memory, so that an example that was read does not stay in this
@@ -103,7 +123,7 @@ class Examples(Sequence[Example]):
 
     def __init__(self, examples: Iterable[Example]) -> None:
         """Raises UserError when the file cannot be written."""
-        self._write(Packed.of(batch) for batch in _batches(examples))
+        self._write(Packed.of(batch) for batch in in_batches(iter(examples)))
 
     @classmethod
     def of_packed(cls, packed: Iterable[Packed]) -> "Examples":
@@ -166,16 +186,7 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, i: int) -> Example: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Example]: ...
-    def __getitem__(self, i: int | slice) -> Example | list[Example]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        i %= len(self)
+    def _read(self, i: int) -> Example:
         end, count = int(self._ends[i]), int(self.lengths[i])
         tokens = array(TOKEN)
         tokens.frombytes(os.pread(self.fd, count * tokens.itemsize, (end - count) * tokens.itemsize))
@@ -184,7 +195,7 @@ class Examples(Sequence[Example]):
         return Example(int(self._rows[i]), tokens.tolist(), tuple(Span(int(a), int(b), w) for a, b, w in spans))
 
 
-class Selected(Sequence[Example]):
+class Selected(OnDisk):
     """Stands for chosen examples of `examples`, in a given order; an example may stand there several times."""
 
     def __init__(self, examples: Examples, order: NDArray[np.int64]) -> None:
@@ -193,19 +204,13 @@ class Selected(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.order)
 
-    @overload
-    def __getitem__(self, i: int) -> Example: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[Example]: ...
-    def __getitem__(self, i: int | slice) -> Example | list[Example]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def _read(self, i: int) -> Example:
         return self.examples[int(self.order[i])]
 
 
-def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    rest = iter(examples)
-    while batch := list(islice(rest, 1000)):
+def in_batches(items: Iterator[T], size: int = 1000) -> Iterator[list[T]]:
+    """Yields the items in lists of `size`; the last list may be shorter."""
+    while batch := list(islice(items, size)):
         yield batch
 
 

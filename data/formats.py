@@ -7,6 +7,7 @@ dropped without a word.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -116,16 +117,22 @@ def _text(fields: Fields, key: str, may_be_empty: bool = False) -> str:
     return content
 
 
+def _decoded(content: Any, problem: str) -> Any:
+    """Returns what a text says as JSON, and anything else as it is. Raises BadRow with the problem for other texts."""
+    if not isinstance(content, str):
+        return content
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        raise BadRow(problem) from None
+
+
 def _list(fields: Fields, key: str) -> list[Any]:
     """Returns the list of a field; a text is read as JSON, because many files hold nested values so."""
     content = fields.get(key)
     if content is None or content == "":
         return []
-    if isinstance(content, str):
-        try:
-            content = json.loads(content)
-        except (ValueError, RecursionError):
-            raise BadRow(f"the field {key!r} is a text that is no JSON; make it a list") from None
+    content = _decoded(content, f"the field {key!r} is a text that is no JSON; make it a list")
     if not isinstance(content, list):
         raise BadRow(f"the field {key!r} is of type {type(content).__name__}; make it a list")
     return content
@@ -151,7 +158,7 @@ def _alpaca(number: int, fields: Fields) -> Row:
 def _prompt_completion(number: int, fields: Fields) -> Row:
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, list) or isinstance(completion, list):
-        before = [_unlearned(turn) for turn in _turns(_list(fields, "prompt"), "prompt", _message)]
+        before = [replace(turn, weight=0.0) for turn in _turns(_list(fields, "prompt"), "prompt", _message)]
         turns = [*before, *_turns(_list(fields, "completion"), "completion", _message)]
         tools = _tools(fields)
         return Row(number, _conversation(turns, tools), tools)
@@ -238,11 +245,7 @@ def _sharegpt_turn(value: Fields) -> Turn:
     if role is None:
         raise BadRow(f"'from' is {value.get('from')!r}; make it one of {', '.join(SHAREGPT_ROLES)}")
     if role == "function_call":
-        calls = value.get("value")
-        try:
-            calls = json.loads(calls) if isinstance(calls, str) else calls
-        except (ValueError, RecursionError):
-            raise BadRow("the function call is no JSON; give an object with name and arguments") from None
+        calls = _decoded(value.get("value"), "the function call is no JSON; give an object with name and arguments")
         listed = calls if isinstance(calls, list) else [calls]
         return Turn("assistant", "", tool_calls=tuple(map(_call, listed)), weight=_weight(value, "assistant"))
     return Turn(role, _text(value, "value"), weight=_weight(value, role))  # type: ignore[arg-type]
@@ -266,10 +269,6 @@ def _weight(value: Fields, role: str) -> float:
     return 0.0 if train is False else 1.0 if weight is None else float(weight)
 
 
-def _unlearned(turn: Turn) -> Turn:
-    return Turn(turn.role, turn.content, turn.reasoning, turn.tool_calls, turn.name, turn.call_id)
-
-
 def _call(value: Any) -> dict[str, Any]:
     """Reads a tool call, which may stand in a field `function`, with its arguments as an object or as JSON."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
@@ -281,13 +280,10 @@ def _call(value: Any) -> dict[str, Any]:
     arguments = value.get("arguments", value.get("parameters"))
     if arguments is None or arguments == "":
         arguments = {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            raise BadRow(f"the arguments of the tool call {value['name']} are no JSON; make them an object") from None
+    said = f"the arguments of the tool call {value['name']} are no"
+    arguments = _decoded(arguments, f"{said} JSON; make them an object")
     if not isinstance(arguments, dict):
-        raise BadRow(f"the arguments of the tool call {value['name']} are no object; make them one")
+        raise BadRow(f"{said} object; make them one")
     return {"name": value["name"], "arguments": arguments, "id": str(call_id or "")}
 
 

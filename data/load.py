@@ -21,10 +21,10 @@ import numpy as np
 from data.chat import encode_batch
 from data.conversation import Row
 from data.errors import UserError
-from data.examples import Example, Examples, Packed, Selected, Span
+from data.examples import Example, Examples, Packed, Selected, Span, in_batches
 from data.files import Record, sources
 from data.formats import BadRow, read_row
-from data.rows import Problems
+from data.rows import Problems, other_format
 from data.template import ChatTemplate
 
 BATCH = 1000  # rows that a process reads and tokenizes at once
@@ -169,11 +169,11 @@ def _name_of(file: str, others: Iterable[str]) -> str:
 def _encode_file(label: str, rows: Iterator[Record], reading: Reading, tally: Tally) -> Iterator[Encoded]:
     """Yields the batches of a file in their order, and raises UserError at its end where rows are bad."""
     problems, first = Problems(), None
-    for batch, encoded in _encode_all(_batches(rows), reading):
+    for batch, encoded in _encode_all(in_batches(rows, BATCH), reading):
         tally.add(encoded.tally)
         first = first or next(iter(encoded.formats), None)
         others = {
-            number: f"is of the format {name}, and the rows before it are of {first}; use two files"
+            number: other_format(name, first)
             for name, numbers in encoded.formats.items()
             for number in numbers
             if name != first
@@ -182,14 +182,7 @@ def _encode_file(label: str, rows: Iterator[Record], reading: Reading, tally: Ta
             problem = encoded.problems.get(number) or others.get(number)
             problems.add(f"row {number}: {problem}" if problem else None)
         yield encoded
-    problems.fail(label)
-    if not problems.total:
-        raise UserError(f"{label}: no rows. Give at least one object with the fields instruction and output.")
-
-
-def _batches(rows: Iterator[Record]) -> Iterator[list[Record]]:
-    while batch := list(islice(rows, BATCH)):
-        yield batch
+    problems.end(label)
 
 
 def _encode_all(batches: Iterator[list[Record]], reading: Reading) -> Iterator[tuple[list[Record], Encoded]]:

@@ -27,7 +27,7 @@ class Masks:
     def __init__(self, control: Sequence[str]) -> None:
         self.control = control
         longest_first = sorted(control, key=len, reverse=True)
-        self._any = re.compile("|".join(map(re.escape, longest_first))) if control else None
+        self.any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is nowhere
         self._mask = {token: chr(MASKS + i) for i, token in enumerate(control)}
         self._token = {mask: token for token, mask in self._mask.items()}
 
@@ -39,7 +39,7 @@ class Masks:
         if isinstance(value, str):
             if RESERVED.search(value):
                 raise UserError("a text has a character for private use above U+F0000, which is no text; remove it")
-            return self._any.sub(lambda found: self._mask[found[0]], value) if self._any else value
+            return self.any.sub(lambda found: self._mask[found[0]], value)
         if isinstance(value, dict):
             return {self.hide(key): self.hide(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):

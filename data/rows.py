@@ -35,6 +35,17 @@ class Problems:
                 f"{path}: {self.count} of {self.total} rows are bad; correct or remove them:\n{shown}{more}"
             )
 
+    def end(self, label: str) -> None:
+        """Raises UserError, at the end of a file, if there is any problem or no row at all."""
+        self.fail(label)
+        if not self.total:
+            raise UserError(f"{label}: no rows. Give at least one object with the fields instruction and output.")
+
+
+def other_format(name: str, first: str | None) -> str:
+    """Says that a row has another format than the first row of its file."""
+    return f"is of the format {name}, and the rows before it are of {first}; use two files"
+
 
 def read_rows(name: str | Path, columns: Mapping[str, str] | None = None) -> list[Row]:
     """Returns all rows of a file, a folder or a data set. Raises UserError as `iter_rows` does."""
@@ -62,12 +73,10 @@ def iter_rows(label: str, found: Iterator[Record], columns: Mapping[str, str] | 
                 name, row = read_row(number, value, columns)
                 first = first or name
                 if name != first:
-                    problem = f"is of the format {name}, and the rows before it are of {first}; use two files"
+                    problem = other_format(name, first)
             except BadRow as error:
                 problem = str(error)
         problems.add(f"row {number}: {problem}" if problem else None)
         if row is not None and not problem:
             yield row
-    problems.fail(label)
-    if not problems.total:
-        raise UserError(f"{label}: no rows. Give at least one object with the fields instruction and output.")
+    problems.end(label)

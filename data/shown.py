@@ -9,7 +9,7 @@ import numpy as np
 from data.conversation import Row
 from data.examples import Example, label_lengths_of, lengths_of
 from data.load import Tally
-from data.template import ChatTemplate
+from data.template import ChatTemplate, parting
 
 MASKED, LEARNED = "\x1b[2m", "\x1b[1;32m"  # of a terminal: faint, and bold green
 RESET = "\x1b[0m"
@@ -64,7 +64,7 @@ def beside(row: Row, examples: Sequence[Example], template: ChatTemplate) -> lis
     lines = []
     for example in examples:
         text = str(template.tokenizer.decode(example.ids))
-        same = next((i for i, (a, b) in enumerate(zip(text, own, strict=False)) if a != b), min(len(text), len(own)))
+        same = parting(text, own)
         if same == len(text):
             rest = own[same:]
             lines.append(f"as the template writes it{f', which goes on with {rest[:NEAR]!r}' if rest else ''}")

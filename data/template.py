@@ -82,7 +82,6 @@ class ChatTemplate:
         self.encoder = Encoder(tokenizer, self.control)
         self.masks: Masks = self.encoder.masks
         self.system_prompt: str = self.masks.hide(system_prompt)
-        self._each_control = re.compile(_any_of(self.control) or "(?!)")  # (?!) is nowhere
         self.begin = _begin_of_texts(tokenizer)  # the tokens with which a text begins that no template writes
         self.longest_token = max(map(len, tokenizer.get_vocab()))  # characters
         self.arguments_as_text = False
@@ -129,7 +128,7 @@ class ChatTemplate:
         A server stops at the tokenizer's end token, where it is among these. Where there is no control token, as in
         templates whose next turn ends the answer, it is the end token alone.
         """
-        found = re.search(f"(?:{self._each_control.pattern})+", tail)
+        found = re.search(f"(?:{self.masks.any.pattern})+", tail)
         if found is None:
             return self.eos
         run = found[0]
@@ -148,7 +147,7 @@ class ChatTemplate:
 
     def last_control(self, text: str, start: int, end: int) -> int:
         """The place of the last control token in text[start:end]; 0 where it has none."""
-        return max((found.start() for found in self._each_control.finditer(text, start, end)), default=0)
+        return max((found.start() for found in self.masks.any.finditer(text, start, end)), default=0)
 
     def control_at_end(self, text: str) -> str:
         """The control token with which `text` ends; nothing where it ends otherwise."""
@@ -418,10 +417,15 @@ def on_day(template: str, today: date) -> str:
     return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", write, template)
 
 
+def parting(one: str, other: str) -> int:
+    """The place at which two texts part: how many characters they have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def _check_begin(prompt: str, whole: str) -> None:
     """Raises UserError, with both texts at the place where they part, when `whole` does not begin with the prompt."""
     if not whole.startswith(prompt):
-        at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+        at = parting(prompt, whole)
         shown = slice(max(0, at - SHOWN), at + SHOWN)
         raise UserError(
             f"its chat template has the model answer behind {prompt[shown]!r}, but writes the answer "
@@ -433,13 +437,9 @@ def _texts(value: Any) -> list[str]:
     """The texts of a tool call: its name, and all texts in its arguments."""
     if isinstance(value, str):
         return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [
-        text
-        for key, each in (value.items() if isinstance(value, dict) else enumerate(inner))
-        if key != "id"
-        for text in _texts(each)
-    ]
+    if isinstance(value, dict):
+        return [text for key, inner in value.items() if key != "id" for text in _texts(inner)]
+    return [text for inner in value for text in _texts(inner)] if isinstance(value, list) else []
 
 
 def _shown(text: str, rendering: str) -> bool:
@@ -472,8 +472,3 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
             f"data.chat_template: the tokenizer of {tokenizer.name_or_path} has no token {', '.join(missing[:3])}. "
             "Name a template that writes only tokens of this model, for example that of its Instruct model."
         )
-
-
-def _any_of(texts: Sequence[str]) -> str:
-    """A regular expression for any of the texts, the longest first."""
-    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))

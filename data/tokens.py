@@ -19,13 +19,11 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, control: Sequence[str]) -> None:
         self.tokenizer, self.masks = tokenizer, Masks(control)
         self._names = {token: chr(NAMES + i) for i, token in enumerate(control)}
-        longest_first = sorted(control, key=len, reverse=True)
-        self._any = re.compile("|".join(map(re.escape, longest_first))) if control else None
         # A tokenizer cuts a text at these tokens before anything else, so that what stands before and behind one can be
         # tokenized apart; but where a token takes the blanks before it with it, this is not so.
         known = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
         cut = control and not any(known[token].lstrip or known[token].single_word for token in control)
-        self._before = re.compile(f"(?={self._any.pattern})") if cut and self._any else None
+        self._before = re.compile(f"(?={self.masks.any.pattern})") if cut else None
         self._plain: Tokenizer | None = None
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -63,7 +61,7 @@ class Encoder:
         """
         if self._plain is None:
             self._plain = renamed(self.tokenizer, self._names)
-        named = self._any.sub(lambda found: self._names[found[0]], text) if self._any else text
+        named = self.masks.any.sub(lambda found: self._names[found[0]], text)
         ids: list[int] = self._plain.encode(self.masks.show(named), add_special_tokens=False).ids
         return ids
 

@@ -221,12 +221,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         ("optim.eps", optim.eps, 0 < optim.eps < math.inf, "above 0"),
         ("optim.max_grad_norm", optim.max_grad_norm, 0 < optim.max_grad_norm < math.inf, "above 0"),
         ("data.train_file", files, bool(files), "at least one file"),
-        (
-            "data.train_file",
-            recipe.data.train_file,
-            _times_are_positive(recipe.data.train_file),
-            "1 or more times each",
-        ),
+        ("data.train_file", files, _times_are_positive(files), "1 or more times each"),
         ("data.validation_share", share, 0 <= share < 1, "at least 0 and below 1"),
         ("data.date", recipe.data.date, _is_date(recipe.data.date), "a day, as YYYY-MM-DD"),
         ("data.max_length", recipe.data.max_length, recipe.data.max_length >= 2, "at least 2"),
