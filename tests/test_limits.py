@@ -1,16 +1,19 @@
 """What a model can take is read before the start: positions, token ids with an embedding, layers that a row reaches."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, OPTConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.errors import UserError
 from data.examples import Example, Examples, sha256_of
 from loop.model.build import adapt, adapters_of, add_adapters
 from loop.model.limits import check_limits, positions_of
-from loop.model.reach import unreached_layers
+from loop.model.reach import layers_passed_once, unreached_layers
 from loop.recipe import parse_recipe
 from tests.test_neighbours import DYNAMIC, LONG, SMALL, random_model
 
@@ -157,6 +160,50 @@ def test_where_every_layer_is_reached_none_is_left_out() -> None:
     for kind in ("llama", "qwen2", "nemotron_h"):
         model = random_model(kind).to("meta")
         assert unreached_layers(model, ["q_proj", "up_proj", "lm_head"]) == []
+
+
+class Layers(nn.Module):
+    """Embeddings and layers, which `passes` calls."""
+
+    def __init__(self, passes: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embeddings, self.passes = nn.Embedding(10, 4), passes
+        self.layers = nn.ModuleList(Layer(nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        return self.passes(self, self.embeddings(input_ids))
+
+
+class Layer(GradientCheckpointingLayer):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        result: Tensor = self.inner(hidden)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("passes", "whole"),
+    [
+        (lambda self, hidden: self.layers[1](self.layers[0](hidden)), [0, 1]),
+        (lambda self, hidden: self.layers[1](self.layers[0](self.layers[0](hidden))), [1]),  # shared, as in ALBERT
+        (lambda self, hidden: self.layers[1](hidden=self.layers[0](hidden)), [0]),
+        (lambda self, hidden: self.layers[1](hidden), [1]),
+        (lambda self, hidden: self.layers[int(hidden.sum())](hidden), []),  # looks at the contents, as some experts do
+    ],
+)
+def test_zero3_fetches_a_layer_as_a_whole_where_a_row_passes_it_once(passes: Any, whole: list[int]) -> None:
+    with torch.device("meta"):
+        model = Layers(passes)
+    assert layers_passed_once(model) == [model.layers[i] for i in whole]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "nemotron_h"])
+def test_the_layers_of_a_model_are_fetched_as_a_whole(kind: str) -> None:
+    model = random_model(kind).to("meta")
+    assert len(layers_passed_once(model)) == model.config.get_text_config().num_hidden_layers
 
 
 def test_the_hash_of_rows_is_that_of_their_tokens() -> None:

@@ -111,6 +111,13 @@ def mixed_precision(accelerator: Accelerator) -> str:
     return next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True), "no")
 
 
+def zero_stage(accelerator: Accelerator) -> int | None:
+    """The ZeRO stage of the launch; None without DeepSpeed."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return None
+    return int(accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
+
+
 def on_main_process(action: Callable[[], object], accelerator: Accelerator) -> None:
     """Rank 0 alone does `action`; every rank enters. An error in it is raised on every rank."""
     told: list[Exception | None] = [None]

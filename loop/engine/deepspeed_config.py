@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from data.errors import UserError
-from loop.internals.deepspeed_internals import numel_of
+from loop.internals.deepspeed_internals import is_fetched_as_a_whole, numel_of
 from loop.recipe import Recipe, find_path
 
 
@@ -82,6 +82,8 @@ def _config_from_launcher(environment: Mapping[str, str]) -> dict[str, Any]:
         zero["reduce_bucket_size"] = "auto"
     if zero["stage"] == 3:
         zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
+        # DeepSpeed's linear function in Python keeps no weights for the backward pass, and PyTorch's does not either.
+        zero["memory_efficient_linear"] = False
     config: dict[str, Any] = {"zero_optimization": zero}
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
         if (value := said(key.upper(), "auto")) != "auto":
@@ -127,14 +129,18 @@ def size_buckets_for_lora(zero: dict[str, Any], model: torch.nn.Module) -> None:
     """Replaces each "auto" in `zero` by a size in elements that suits LoRA.
 
     accelerate would choose sizes for full fine-tuning, from the model's hidden size. At stage 3 it would partition the
-    larger LoRA matrices and fetch less than one matrix ahead. Here every adapter stays whole on every rank, a prefetch
-    holds the largest matrix that has an adapter, and one bucket holds all gradients.
+    larger LoRA matrices and fetch less than one matrix ahead. Here every adapter stays whole on every rank, one bucket
+    holds all gradients, and what is fetched ahead is the next decoder layer, or the next matrix that has an adapter
+    where layers are not fetched as a whole.
     """
     sizes = {name: numel_of(parameter) for name, parameter in model.named_parameters()}
     trainable = [sizes[name] for name, parameter in model.named_parameters() if parameter.requires_grad]
+    layers = [module for module in model.modules() if is_fetched_as_a_whole(module)]
+    matrices = [size for name, size in sizes.items() if ".base_layer." in name]
+    ahead = [sum(numel_of(p) for p in layer.parameters() if not p.requires_grad) for layer in layers] or matrices
     fitting = {
         "reduce_bucket_size": sum(trainable),
-        "stage3_prefetch_bucket_size": max(size for name, size in sizes.items() if ".base_layer." in name),
+        "stage3_prefetch_bucket_size": max(ahead),
         "stage3_param_persistence_threshold": max(trainable),
     }
     zero.update({key: size for key, size in fitting.items() if zero.get(key) == "auto"})

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 WRITTEN_AGAINST = "5.23.0"
@@ -25,12 +26,23 @@ def attention_of(model: Any) -> str:
     return str(model.config._attn_implementation)
 
 
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers of a model that transformers can checkpoint one by one, without those inside another of them. Their
+    common class is not documented; the public _no_split_modules names other modules beside them."""
+    found: list[Any] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():  # parents come before their children
+        if isinstance(module, GradientCheckpointingLayer) and module not in inside:
+            found.append(module)
+            inside.update(module.modules())
+    return found
+
+
 def keep_activations_of_last_layer(model: Any) -> None:
     """Switches gradient checkpointing off for the last layer of a model that has it switched on.
 
     The backward pass starts with that layer, so its activations would be dropped and recomputed at once: that would
     save no memory. The public activation_checkpointing_enable switches all layers alike.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for last in layers[-1:]:
+    for last in decoder_layers(model)[-1:]:
         last.gradient_checkpointing = False

@@ -20,15 +20,16 @@ from data.layout import Layout
 from data.load import Loaded, Reading, Tally, load, repeated
 from data.template import CHATML, ChatTemplate, check_control_tokens
 from loop.batch_arithmetic import warmup_steps
-from loop.engine.accelerator import mixed_precision
+from loop.engine.accelerator import mixed_precision, zero_stage
 from loop.engine.once import once_per_machine
+from loop.internals.deepspeed_internals import fetch_as_a_whole, is_fetched_as_a_whole
 from loop.internals.transformers_internals import keep_activations_of_last_layer
 from loop.measure.phases import measured
 from loop.model.attention import BY_ROW
 from loop.model.head import PeftModelWithLoss
 from loop.model.lora import ADAPTER, use_fused_lora
 from loop.model.opening import open_base_model, open_tokenizer
-from loop.model.reach import unreached_layers
+from loop.model.reach import layers_passed_once, unreached_layers
 from loop.recipe import Recipe, data_files, find_data, find_model, find_path
 
 PAD = 0  # the token id of padding. Nothing reads it, but it needs an embedding, which a tokenizer's own may not have
@@ -158,6 +159,8 @@ def add_adapters(model: Any, recipe: Recipe) -> PeftModelWithLoss:
             f"lora.target_modules: {', '.join(embeddings)} of {name} is an embedding, which gets no adapter here, "
             "because ZeRO-3 cannot gather it. Name linear layers."
         )
+    for layer in layers_passed_once(model):
+        fetch_as_a_whole(layer)  # of use at stage 3 only
     unreached = unreached_layers(model, recipe.lora.target_modules)
     for target in recipe.lora.target_modules:
         if all(path in unreached for path, _ in model.named_modules() if path.rpartition(".")[2] == target):
@@ -220,7 +223,29 @@ def build_model(recipe: Recipe, without_weights: PeftModelWithLoss, accelerator:
     model = adapt(base, deepcopy(adapters_of(without_weights)), autocast_adapter_dtype=not under_deepspeed)
     # After PEFT, which would make even the embeddings require gradients.
     set_checkpointing(base, recipe.gradient_checkpointing)
+    if zero_stage(accelerator) == 3:
+        fetch_by_layers(model, without_weights)
     return model
+
+
+def fetch_by_layers(model: PeftModelWithLoss, without_weights: PeftModelWithLoss) -> None:
+    """Makes ZeRO-3 fetch and release the decoder layers that check_model found as a whole each, and not each module in
+    them by itself.
+
+    DeepSpeed takes the gradients in such a layer when the gradient of its input is there. The input of the first layer
+    is made of frozen embeddings and needs no gradient; DeepSpeed would take the layer's gradients before they exist.
+    """
+    for name, module in without_weights.named_modules():
+        if is_fetched_as_a_whole(module):
+            layer = model.get_submodule(name)
+            fetch_as_a_whole(layer)
+            layer.register_forward_pre_hook(_require_gradient_of_input)
+
+
+def _require_gradient_of_input(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+    """A hook for a layer's forward pass."""
+    if not arguments[0].requires_grad:
+        arguments[0].requires_grad_(True)
 
 
 def set_layout(base: Any, layout: str) -> None:

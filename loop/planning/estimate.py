@@ -11,6 +11,7 @@ from data.errors import UserError
 from data.examples import Example, label_lengths_of, lengths_of
 from data.layout import Layout, MicroBatch, collate
 from loop.batch_arithmetic import BatchArithmetic
+from loop.internals.deepspeed_internals import is_fetched_as_a_whole
 from loop.measure.flops import Batch, MatrixProducts, count_computed, matrix_products
 from loop.planning.activations import Activations, measure_step
 from loop.planning.launch_file import Launch
@@ -106,13 +107,14 @@ class Subject:
     def recomputation(self, sharding: Sharding) -> str:
         """The kind of gradient checkpointing that is used where activations have to be recomputed.
 
-        Where the recipe does not name one, it is reentrant at stage 3, because that gathers every weight one time less
-        (docs/zero.md), and the kind that PyTorch advises elsewhere.
+        Where the recipe does not name one, it is the kind that PyTorch advises. The other kind is for stage 3 where
+        layers are not fetched as a whole, because there it gathers every weight one time less.
         """
         said = self.recipe.gradient_checkpointing
         if said in ("reentrant", "non_reentrant"):
             return said
-        return "reentrant" if sharding.stage == 3 and sharding.processes > 1 else "non_reentrant"
+        whole = any(map(is_fetched_as_a_whole, self.model.modules()))
+        return "reentrant" if sharding.stage == 3 and sharding.processes > 1 and not whole else "non_reentrant"
 
     def gathering(self, sharding: Sharding, checkpointing: str) -> Gathering:
         """What ZeRO-3 gathers in a micro-batch with this kind of checkpointing."""

@@ -8,11 +8,12 @@ results with the real engine.
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from loop.internals.deepspeed_internals import is_fetched_as_a_whole
 from loop.planning.activations import Event
 
 FP32 = 4
@@ -130,6 +131,7 @@ class Gathering:
 
 def simulate_gathering(sharding: Sharding, model: Any, events: Sequence[Event]) -> Gathering:
     """Follows `events`, the modules of a step in their order, by DeepSpeed's rules of fetching ahead and releasing."""
+    events = _without_inner(model, events)
     simulation = _Coordinator(sharding, model, events)
     peak = live = 0
     for event in events:
@@ -142,6 +144,21 @@ def simulate_gathering(sharding: Sharding, model: Any, events: Sequence[Event]) 
     return Gathering(peak, live, simulation.gathered_elements, simulation.count)
 
 
+def _without_inner(model: Any, events: Sequence[Event]) -> list[Event]:
+    """The events without those of modules inside a module that is fetched as a whole, because DeepSpeed puts no hooks
+    on them. Each event takes over the peaks of the ones before it that are left out."""
+    whole = [module for module in model.modules() if is_fetched_as_a_whole(module)]
+    inside = {id(inner) for module in whole for inner in module.modules() if inner is not module}
+    names = {name for name, module in model.named_modules() if id(module) in inside}
+    kept, peak = [], 0
+    for event in events:
+        peak = max(peak, event.peak)
+        if event.module not in names:
+            kept.append(replace(event, peak=peak))
+            peak = 0
+    return kept
+
+
 class _Coordinator:
     """Does what DeepSpeed's PartitionedParameterCoordinator does once it knows the order of the modules. Sizes are in
     elements; persistent parameters are left out."""
@@ -150,13 +167,12 @@ class _Coordinator:
         self.sharding = sharding
         most_persistent = sharding.size(PERSISTENT)
         self.sizes: dict[torch.nn.Parameter, int] = {p: p.numel() for p in model.parameters()}
-        self.parameters = {
-            name: [p for p in module.parameters(recurse=False) if p.numel() > most_persistent]
+        own = {
+            name: list(module.parameters(recurse=is_fetched_as_a_whole(module)))
             for name, module in model.named_modules()
         }
-        self.all_sizes = {
-            name: sum(p.numel() for p in module.parameters(recurse=False)) for name, module in model.named_modules()
-        }
+        self.parameters = {name: [p for p in every if p.numel() > most_persistent] for name, every in own.items()}
+        self.all_sizes = {name: sum(p.numel() for p in every) for name, every in own.items()}
         self.order = [event.module for event in events if event.kind == "fetch"]
         self.queue = deque((p, step) for step, module in enumerate(self.order) for p in self.parameters[module])
         self.fetched_for: dict[torch.nn.Parameter, int] = {}
