@@ -7,6 +7,7 @@ shared_prefix  Like packed, but the tokens with which all examples begin stand t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -30,9 +31,36 @@ class Apart:
     prefix: int
     groups: list[Tensor]
     back: Tensor
+    in_line: "InLine"
+
+    @cached_property
+    def masks(self) -> list[Tensor]:
+        """For each group [1, 1, L, prefix + L]: which tokens each of its queries sees. All layers share them."""
+        shapes = [(group.shape[1], self.prefix + group.shape[1], group.device) for group in self.groups]
+        return [
+            torch.ones(queries, keys, dtype=torch.bool, device=device).tril(self.prefix)[None, None]
+            for queries, keys, device in shapes
+        ]
 
     def to(self, device: torch.device) -> "Apart":
-        return Apart(self.prefix, [group.to(device) for group in self.groups], self.back.to(device))
+        groups = [group.to(device) for group in self.groups]
+        return Apart(self.prefix, groups, self.back.to(device), self.in_line.to(device))
+
+
+@dataclass(frozen=True)
+class InLine:
+    """The same for a kernel that takes sequences of different lengths, one behind another: first the prefix, if there
+    is one, and then each example, whose keys are those of the prefix and its own."""
+
+    keys: Tensor | None  # the places of all sequences' keys; None where these are the tokens as they stand
+    query_ends: Tensor  # [sequences + 1], int32: where each sequence's queries begin and end
+    key_ends: Tensor  # [sequences + 1], int32
+    most_queries: int  # of a sequence
+    most_keys: int
+
+    def to(self, device: torch.device) -> "InLine":
+        keys = None if self.keys is None else self.keys.to(device)
+        return replace(self, keys=keys, query_ends=self.query_ends.to(device), key_ends=self.key_ends.to(device))
 
 
 @dataclass(frozen=True)
@@ -167,7 +195,20 @@ def _apart(prefix: int, own: Sequence[int]) -> Apart:
             start = int(starts[member])
             back[start : start + own[member]] = torch.arange(own[member]) + laid_out + i * longest
         laid_out += len(members) * longest
-    return Apart(prefix, groups, back)
+    return Apart(prefix, groups, back, _in_line(prefix, own))
+
+
+def _in_line(prefix: int, own: Sequence[int]) -> InLine:
+    queries = [prefix, *own] if prefix else list(own)
+    keys = [prefix, *(prefix + length for length in own)] if prefix else list(own)
+    query_ends, key_ends = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys))
+    places = None
+    if prefix:
+        shared = torch.arange(prefix)
+        starts = query_ends[1:-1].tolist()
+        mine = [torch.arange(start, start + length) for start, length in zip(starts, own, strict=True)]
+        places = torch.cat([shared, *(part for each in mine for part in (shared, each))])
+    return InLine(places, query_ends.int(), key_ends.int(), max(queries), max(keys))
 
 
 def _of_similar_length(own: Sequence[int]) -> list[list[int]]:

@@ -25,7 +25,9 @@ from data.rows import count_rows
 from loop.batch_arithmetic import BatchArithmetic, settle_accumulation
 from loop.engine.environment import set_up_environment
 from loop.guard.process import exit_codes
+from loop.model.attention import IN_LINE
 from loop.model.build import WEIGHT_DTYPES, Data, add_adapters, set_layout
+from loop.model.operators import use_fused_operators
 from loop.planning.batching import choose_layout
 from loop.planning.dry_run import Findings, contradictions, open_tokenizer, read_data, shown_rows
 from loop.planning.estimate import Hardware, Subject, Work, estimate
@@ -187,7 +189,8 @@ def main(argv: Sequence[str]) -> None:
     base = model.get_base_model()
     work, batching, rows_shown, data = measure_work(recipe, base, found)
     if work:
-        set_layout(base, work.layout)
+        set_layout(base, work.layout, IN_LINE)
+        use_fused_operators(base)
     subject = Subject(recipe, model, work or Work(_as_long_as_allowed(recipe, 1), "padded", real=False))
     planned = launches(args, recipe, model, found)
     estimates = [estimate(subject, launch, given) for launch in planned] if work else []

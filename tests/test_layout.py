@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.examples import Example, Span
-from data.layout import IGNORE_INDEX, Apart, Layout, collate, shared_prefix, stand_in
+from data.layout import IGNORE_INDEX, Layout, collate, shared_prefix, stand_in
 from loop.model.build import add_adapters, set_checkpointing, set_layout
 from loop.recipe import parse_recipe
 from loop.step import summed_nll
@@ -134,8 +134,8 @@ def test_a_leak_would_be_seen() -> None:
     examples = unequal_rows()
     batch = collate(examples, "packed", pad_token_id=0)
     model = adapted("packed")
-    everything = torch.arange(batch.input_ids.numel())
-    leaking = summed_nll(model, replace(batch, apart=Apart(0, [everything[None]], everything))).item()
+    everything = collate([Example.of(1, batch.input_ids[0].tolist()[:-1], [1])], "packed", pad_token_id=0)
+    leaking = summed_nll(model, replace(batch, apart=everything.apart)).item()
     assert abs(leaking / summed_nll(model, batch).item() - 1) > 1e-3
 
 

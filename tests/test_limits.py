@@ -13,7 +13,7 @@ from data.errors import UserError
 from data.examples import Example, Examples, sha256_of
 from loop.model.build import adapt, adapters_of, add_adapters
 from loop.model.limits import check_limits, positions_of
-from loop.model.reach import layers_passed_once, unreached_layers
+from loop.model.reach import Reach
 from loop.recipe import parse_recipe
 from tests.test_neighbours import DYNAMIC, LONG, SMALL, random_model
 
@@ -159,7 +159,7 @@ def test_a_target_that_no_row_reaches_is_refused() -> None:
 def test_where_every_layer_is_reached_none_is_left_out() -> None:
     for kind in ("llama", "qwen2", "nemotron_h"):
         model = random_model(kind).to("meta")
-        assert unreached_layers(model, ["q_proj", "up_proj", "lm_head"]) == []
+        assert Reach(model).unreached(["q_proj", "up_proj", "lm_head"]) == []
 
 
 class Layers(nn.Module):
@@ -197,13 +197,13 @@ class Layer(GradientCheckpointingLayer):
 def test_zero3_fetches_a_layer_as_a_whole_where_a_row_passes_it_once(passes: Any, whole: list[int]) -> None:
     with torch.device("meta"):
         model = Layers(passes)
-    assert layers_passed_once(model) == [model.layers[i] for i in whole]
+    assert Reach(model).passed_once() == [model.layers[i] for i in whole]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "nemotron_h"])
 def test_the_layers_of_a_model_are_fetched_as_a_whole(kind: str) -> None:
     model = random_model(kind).to("meta")
-    assert len(layers_passed_once(model)) == model.config.get_text_config().num_hidden_layers
+    assert len(Reach(model).passed_once()) == model.config.get_text_config().num_hidden_layers
 
 
 def test_the_hash_of_rows_is_that_of_their_tokens() -> None:

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from torch import nn
 
-from loop.model.lora import FusedLora, draw_dropped, dropped_places, use_fused_lora
+from loop.model.lora import FusedLora, dropped_places, share_inputs, use_fused_lora
 
 
 class Model(nn.Module):
@@ -112,15 +112,10 @@ def test_subclasses_of_linear_stay_with_peft() -> None:
     assert (type(layers.one), type(layers.two)) == (lora.Linear, FusedLora)
 
 
-def mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Draws the mask that a GPU would draw."""
-    return torch.empty_like(x, dtype=torch.bool).bernoulli_(p)
-
-
-@pytest.mark.parametrize("draw", [draw_dropped, mask])
-def test_gradient_of_dropout_is_that_of_what_was_dropped(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("places", [True, False])
+def test_gradient_of_dropout_is_that_of_what_was_dropped(places: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient agrees with finite differences, where each evaluation draws the same."""
-    monkeypatch.setattr("loop.model.lora.draw_dropped", draw)
+    monkeypatch.setattr("loop.model.lora.drops_places", lambda _: places)
     model = adapted(0.4).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -132,10 +127,10 @@ def test_gradient_of_dropout_is_that_of_what_was_dropped(draw: Any, monkeypatch:
     assert torch.autograd.gradcheck(loss, (x, *parameters))
 
 
-@pytest.mark.parametrize("draw", [draw_dropped, mask])
-def test_dropout_keeps_the_mean(draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("places", [True, False])
+def test_dropout_keeps_the_mean(places: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept elements are scaled by 1 / (1 - p), so the mean over many draws is the output without dropout."""
-    monkeypatch.setattr("loop.model.lora.draw_dropped", draw)
+    monkeypatch.setattr("loop.model.lora.drops_places", lambda _: places)
     model = adapted(0.2)
     x = torch.randn(1, 24, dtype=torch.float64)
     expected = model.base_model.model.one.eval()(x)
@@ -169,3 +164,71 @@ def test_draws_more_where_the_first_gaps_end_early(monkeypatch: pytest.MonkeyPat
     assert places.tolist() == sorted(set(places.tolist()))
     assert places[-1] > 9_900
     assert abs(len(places) - 5_000) < 6 * 50
+
+
+class Attention(nn.Module):
+    """Three projections of one input, one of them with a bias, and one of another input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(24, 16), nn.Linear(24, 8, bias=False), nn.Linear(24, 8, bias=False)
+        self.o = nn.Linear(16, 24, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(torch.tanh(q) * torch.cat([k, v], -1))  # type: ignore[no-any-return]
+
+
+def attention(dropout: float, *groups: list[str], fused: bool = True) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=12, lora_dropout=dropout, target_modules=["q", "k", "v", "o"])
+    model = get_peft_model(
+        Attention().double(), use_fused_lora(config) if fused else config, autocast_adapter_dtype=False
+    ).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(hash_of(name)))
+    share_inputs(model.get_submodule("base_model.model"), groups)
+    return model
+
+
+def hash_of(name: str) -> int:
+    return sum(map(ord, name))
+
+
+def test_layers_that_share_an_input_compute_what_each_computes_alone() -> None:
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    theirs = result(attention(0.0, fused=False), x)
+    for groups in ([], [["q", "k", "v"]], [["q", "k"]]):
+        for ours, expected in zip(result(attention(0.0, *groups), x), theirs, strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+def test_layers_that_share_an_input_drop_the_same_of_it() -> None:
+    """The gradient agrees with finite differences; and where all weights are alike, so are the outputs."""
+    model = attention(0.4, ["q", "k", "v"]).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def loss(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(7)
+        return model(x).square().sum()  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(loss, (torch.randn(3, 24, dtype=torch.float64, requires_grad=True), *parameters))
+    inner = model.base_model.model
+    inner.v.load_state_dict(inner.k.state_dict())
+    x = torch.randn(3, 24, dtype=torch.float64)
+    inner.q(x)
+    torch.testing.assert_close(inner.k(x), inner.v(x))
+    assert inner.k.shared.input is None, "nothing is kept longer than it is needed"
+
+
+def test_a_layer_that_gets_another_input_than_its_group_is_on_its_own() -> None:
+    inner = attention(0.0, ["q", "k", "v"]).base_model.model
+    alone = attention(0.0).base_model.model
+    x, other = torch.randn(2, 3, 24, dtype=torch.float64)
+    assert [
+        layer(other if name == "k" else x).sum() for name, layer in (("q", inner.q), ("k", inner.k), ("v", inner.v))
+    ] == [layer(other if name == "k" else x).sum() for name, layer in (("q", alone.q), ("k", alone.k), ("v", alone.v))]
+    torch.testing.assert_close(inner.k(x), alone.k(x))  # out of order, and twice
+    torch.testing.assert_close(inner.k(x), alone.k(x))

@@ -1,17 +1,26 @@
-"""Attention for several rows that stand one after another in one: each row sees itself and the prefix they share."""
+"""Attention for several rows that stand one after another in one: each row sees itself and the prefix they share.
 
+There are two of them. `sdpa_by_row` takes rows of similar length together and works everywhere. `in_line` is one call
+of a flash kernel for sequences of different lengths, for GPUs that have it.
+"""
+
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from data.layout import Apart
+from data.examples import Example
+from data.layout import Apart, collate
 from loop.internals.transformers_internals import carries_state
 
 BY_ROW = "sdpa_by_row"  # the name of this attention in transformers and in a model's configuration
+IN_LINE = "in_line"  # the same
 SHORT = 256  # tokens; rows up to this length are computed without the fused kernel on a CPU in bf16
+ALIKE = 0.02  # the largest difference of works_in_line, relative: rounding in bf16 makes 0.004
 
 
 def attention_by_row(
@@ -37,25 +46,92 @@ def attention_by_row(
     if n:
         prefix = _attend(module, query[:, :, :n], key[:, :, :n], value[:, :, :n], None, **kwargs)
         parts.append(prefix[0])
-    for places in apart.groups:
-        rows, length = places.shape
+    for places, mask in zip(apart.groups, apart.masks, strict=True):
+        rows = len(places)
         own_query, own_key, own_value = (_rows(tensor, places) for tensor in (query, key, value))
-        mask = None
         if n:
             own_key, own_value = (
                 torch.cat([whole[:, :, :n].expand(rows, -1, -1, -1), own], dim=2)
                 for whole, own in ((key, own_key), (value, own_value))
             )
-            mask = torch.ones(length, n + length, dtype=torch.bool, device=query.device).tril(n)[None, None]
         parts.append(_attend(module, own_query, own_key, own_value, mask, **kwargs).flatten(0, 1))
     return torch.cat(parts).index_select(0, apart.back)[None], None
 
 
+def in_line(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    apart: Apart | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Computes what attention_by_row computes in one call of a kernel, for all sequences of `apart.in_line`.
+
+    Raises RuntimeError where a model does not pass `apart` on to its attention, or drops attention weights.
+    """
+    if apart is None or kwargs.get("dropout"):
+        raise RuntimeError(f"{type(module).__name__} was not told which rows to keep apart, or it drops attention")
+    line = apart.in_line
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [T, heads, head size]
+    if line.keys is not None:
+        key, value = key.index_select(0, line.keys), value.index_select(0, line.keys)
+    output: Any = varlen_attn(
+        query,
+        key,
+        value,
+        line.query_ends,
+        line.key_ends,
+        line.most_queries,
+        line.most_keys,
+        scale=kwargs.get("scaling"),
+        window_size=(-1, 0),  # causal, and aligned at the ends of queries and keys
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[None], None
+
+
+def attention_for(base: Any, device: torch.device) -> str:
+    """The name of the attention that keeps rows apart for `base` on `device`: in_line where it works, which is tried
+    with the model's numbers of heads, their size and its dtype."""
+    config = base.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    works = device.type == "cuda" and works_in_line(heads, key_heads, size, base.dtype, device)
+    return IN_LINE if works else BY_ROW
+
+
+@cache
+def works_in_line(heads: int, key_heads: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether in_line computes on `device` what attention_by_row computes, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    apart = collate([Example.of(i, [1, 2, 3, 4 + i], [9] * (3 + i)) for i in range(3)], "shared_prefix", 0).apart
+    assert apart is not None
+    tokens = len(apart.back)
+    given = [torch.randn(1, many, tokens, size, generator=generator) for many in (heads, key_heads, key_heads)]
+    module: Any = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = heads // key_heads, True
+    found: list[list[Tensor]] = []
+    for attention in (attention_by_row, in_line):
+        q, k, v = (tensor.to(device, dtype).requires_grad_() for tensor in given)
+        try:
+            output = attention(module, q, k, v, None, apart.to(device), scaling=size**-0.5)[0]
+            output.float().square().sum().backward()
+        except (RuntimeError, NotImplementedError, ValueError):  # an old card, or a size that the kernel does not take
+            return False
+        gradients = [tensor.grad for tensor in (q, k, v) if tensor.grad is not None]
+        found.append([tensor.detach().float().flatten() for tensor in (output, *gradients)])
+    return all(bool((one - other).norm() <= ALIKE * one.norm()) for one, other in zip(*found, strict=True))
+
+
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
     """Calls transformers' SDPA; for short rows on a CPU in bf16 the products are written out, because the backward pass
-    of the fused kernel is slow there."""
+    of the fused kernel is slow there. `mask` is None, or [1, 1, queries, keys] and causal."""
     if not query.is_cpu or query.dtype != torch.bfloat16 or key.shape[2] > SHORT or kwargs.get("dropout"):
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+        square = query.shape[2] == key.shape[2]  # then the kernel needs no mask to be causal
+        return sdpa_attention_forward(module, query, key, value, None if square else mask, **kwargs)[0]
     heads = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, heads), repeat_kv(value, heads)
     if mask is None:
@@ -86,3 +162,4 @@ def why_not_plain_attention(model: Any, longest: int) -> str | None:
 
 
 AttentionInterface.register(BY_ROW, attention_by_row)
+AttentionInterface.register(IN_LINE, in_line)

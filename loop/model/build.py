@@ -25,11 +25,12 @@ from loop.engine.once import once_per_machine
 from loop.internals.deepspeed_internals import fetch_as_a_whole, is_fetched_as_a_whole
 from loop.internals.transformers_internals import keep_activations_of_last_layer
 from loop.measure.phases import measured
-from loop.model.attention import BY_ROW
+from loop.model.attention import BY_ROW, attention_for
 from loop.model.head import PeftModelWithLoss
-from loop.model.lora import ADAPTER, use_fused_lora
+from loop.model.lora import ADAPTER, leave_to_peft, share_inputs, shared_inputs, use_fused_lora
 from loop.model.opening import open_base_model, open_tokenizer
-from loop.model.reach import layers_passed_once, unreached_layers
+from loop.model.operators import use_fused_operators
+from loop.model.reach import Reach
 from loop.recipe import Recipe, data_files, find_data, find_model, find_path
 
 PAD = 0  # the token id of padding. Nothing reads it, but it needs an embedding, which a tokenizer's own may not have
@@ -159,17 +160,20 @@ def add_adapters(model: Any, recipe: Recipe) -> PeftModelWithLoss:
             f"lora.target_modules: {', '.join(embeddings)} of {name} is an embedding, which gets no adapter here, "
             "because ZeRO-3 cannot gather it. Name linear layers."
         )
-    for layer in layers_passed_once(model):
+    reach = Reach(model)
+    for layer in reach.passed_once():
         fetch_as_a_whole(layer)  # of use at stage 3 only
-    unreached = unreached_layers(model, recipe.lora.target_modules)
+    unreached = reach.unreached(recipe.lora.target_modules)
     for target in recipe.lora.target_modules:
         if all(path in unreached for path, _ in model.named_modules() if path.rpartition(".")[2] == target):
             raise UserError(f"lora.target_modules: no row of text reaches the layers of {name} named {target}.")
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers warns PEFT's authors
-            return adapt(model, _lora_config(recipe, unreached), autocast_adapter_dtype=False)
+            adapted = adapt(model, _lora_config(recipe, unreached), autocast_adapter_dtype=False)
     except Exception as error:  # PEFT raises several kinds for layers that it cannot adapt
         raise UserError(f"lora.target_modules: {name} cannot get such adapters: {_reason(error)}") from error
+    share_inputs(model, reach.shared_inputs(recipe.lora.target_modules))
+    return adapted
 
 
 def adapt(base: Any, config: LoraConfig, autocast_adapter_dtype: bool) -> PeftModelWithLoss:
@@ -215,12 +219,15 @@ def build_model(recipe: Recipe, without_weights: PeftModelWithLoss, accelerator:
     """
     base = _open_model(recipe, dtype=WEIGHT_DTYPES[mixed_precision(accelerator)])
     base.config.use_cache = False  # training needs no cache of keys and values
-    set_layout(base, recipe.batching)
+    set_layout(base, recipe.batching, attention_for(base, accelerator.device))
+    if accelerator.device.type == "cuda":
+        use_fused_operators(base)
     set_seed(recipe.seed)  # after loading, so that the initial adapters do not depend on how the base was loaded
     # Under DeepSpeed the adapters have the base's dtype at every stage, and the optimizer holds fp32 masters.
     # Without DeepSpeed there are no masters, so the adapters themselves are fp32.
     under_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     model = adapt(base, deepcopy(adapters_of(without_weights)), autocast_adapter_dtype=not under_deepspeed)
+    share_inputs(model, shared_inputs(without_weights))
     # After PEFT, which would make even the embeddings require gradients.
     set_checkpointing(base, recipe.gradient_checkpointing)
     if zero_stage(accelerator) == 3:
@@ -230,16 +237,18 @@ def build_model(recipe: Recipe, without_weights: PeftModelWithLoss, accelerator:
 
 def fetch_by_layers(model: PeftModelWithLoss, without_weights: PeftModelWithLoss) -> None:
     """Makes ZeRO-3 fetch and release the decoder layers that check_model found as a whole each, and not each module in
-    them by itself.
+    them by itself. Adapters elsewhere are left to PEFT, which calls every module.
 
     DeepSpeed takes the gradients in such a layer when the gradient of its input is there. The input of the first layer
     is made of frozen embeddings and needs no gradient; DeepSpeed would take the layer's gradients before they exist.
     """
-    for name, module in without_weights.named_modules():
-        if is_fetched_as_a_whole(module):
-            layer = model.get_submodule(name)
-            fetch_as_a_whole(layer)
-            layer.register_forward_pre_hook(_require_gradient_of_input)
+    whole = [
+        model.get_submodule(name) for name, module in without_weights.named_modules() if is_fetched_as_a_whole(module)
+    ]
+    for layer in whole:
+        fetch_as_a_whole(layer)
+        layer.register_forward_pre_hook(_require_gradient_of_input)
+    leave_to_peft(model, besides=whole)
 
 
 def _require_gradient_of_input(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -248,10 +257,10 @@ def _require_gradient_of_input(_: torch.nn.Module, arguments: tuple[Any, ...]) -
         arguments[0].requires_grad_(True)
 
 
-def set_layout(base: Any, layout: str) -> None:
-    """Gives the model attention that keeps rows apart, where `layout` puts several rows into one."""
+def set_layout(base: Any, layout: str, attention: str = BY_ROW) -> None:
+    """Gives the model the `attention` that keeps rows apart, where `layout` puts several rows into one."""
     if layout != "padded":
-        base.set_attn_implementation(BY_ROW)
+        base.set_attn_implementation(attention)
 
 
 def set_checkpointing(base: Any, kind: str) -> None:

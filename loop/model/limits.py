@@ -7,7 +7,7 @@ from torch import nn
 
 from data.errors import UserError
 from data.examples import Example, largest_id_of, lengths_of
-from loop.model.reach import called_modules
+from loop.model.reach import Reach
 
 SPARE_POSITIONS = 8  # rows that a table of learned positions may have beyond its positions; OPT has 2
 
@@ -51,7 +51,7 @@ def positions_of(config: Any) -> int | None:
 
 def _has_learned_positions(base: Any, most: int) -> bool:
     """Whether the model looks positions up in a table that has one row for each of them."""
-    words, called = base.get_input_embeddings(), called_modules(base)
+    words, called = base.get_input_embeddings(), Reach(base).called
     return any(
         isinstance(module, nn.Embedding)
         and module is not words

@@ -1,18 +1,19 @@
-"""LoRA's computation y + scale * B A dropout(x), in fewer passes over memory than PEFT's own layer makes.
+"""LoRA's computation y + scale * B A dropout(x), in fewer kernels and fewer passes over memory than PEFT's own layer.
 
-PEFT scales the output, which has many numbers; here the inner dimension is scaled, which has few. For the backward pass
-of dropout this layer keeps what was dropped, where PyTorch keeps a second copy of x. On a CPU a random number for every
-element costs more than the matrix products, so there the places of the dropped elements are drawn instead.
+Projections that get the same input, such as q, k and v, share one dropout and one product with their matrices A. The
+scale and the frozen layer's bias are part of the products, and what was dropped is kept as places (on a CPU, where a
+random number for every element costs more than the products) or as a mask.
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from loop.internals.peft_internals import use_layer
 
@@ -28,55 +29,164 @@ def use_fused_lora(config: LoraConfig) -> LoraConfig:
 
 class FusedLora(lora.Linear):
     """PEFT's LoRA layer with another forward pass where it has one plain adapter, and PEFT's own in all other cases:
-    DoRA and other variants, a bias in B, several adapters, a merged or disabled one."""
+    DoRA and other variants, a bias in B, several adapters, a merged or disabled one, and where `shared` is None.
+
+    The other forward pass reads the weights without calling the modules that own them, so under ZeRO-3 it needs them
+    gathered already.
+    """
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT calls this when it adds an adapter."""
         super().update_layer(adapter_name, *args, **kwargs)
-        a: Any = self.lora_A[adapter_name]
-        self.lora_A[adapter_name] = DropAndProject(a)
-        self.has_one_plain_adapter = (
-            list(self.lora_A) == [ADAPTER] and not self.lora_variant and self.lora_B[ADAPTER].bias is None
-        )
+        plain = list(self.lora_A) == [ADAPTER] and not self.lora_variant and self.lora_B[ADAPTER].bias is None
+        self.shared = SharedInput([self]) if plain else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[…, d_in] -> […, d_out]"""
-        if args or kwargs or not self.has_one_plain_adapter or self.merged or self.disable_adapters:
+        if args or kwargs or self.shared is None or self.merged or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
-        p = getattr(self.lora_dropout[ADAPTER], "p", 0.0) if self.training else 0.0
-        # lora_A, lora_B and base_layer are called as modules: ZeRO-3 gathers a module's weight when it is called.
-        down = self.lora_A[ADAPTER](x, p)  # […, rank], not yet divided by 1 - p
-        up = self.lora_B[ADAPTER](down * (self.scaling[ADAPTER] / (1 - p)))
-        # The base's product comes last: recomputation stops as soon as it has all that the backward pass needs, and
-        # the backward pass does not need this product.
-        y: Tensor = self.base_layer(x) + up
-        return y
-
-
-class DropAndProject(nn.Linear):
-    """LoRA's matrix A, which can apply dropout to its input in the same pass. It takes over the weight of `a`."""
-
-    def __init__(self, a: nn.Linear) -> None:
-        super().__init__(a.in_features, a.out_features, bias=False, device="meta")  # which draws no random numbers
-        self.weight = a.weight
-
-    def forward(self, x: Tensor, p: float = 0.0) -> Tensor:
-        """dropout(x) @ A.T without the factor 1 / (1 - p); `p` is the probability to drop an element."""
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # then adapters are fp32, and x may be fp32 too
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        weight = self.weight.to(x.dtype)
-        if p == 0:
-            return linear(x, weight)
-        down: Tensor = _ProductWithoutDropped.apply(x, weight, draw_dropped(x, p))  # type: ignore[no-untyped-call]
-        return down
+            lower = x.to(torch.get_autocast_dtype(x.device.type))
+        else:
+            lower = x
+        up = self.shared.up(self, x, lower)
+        # The frozen product comes last: recomputation stops as soon as it has all that the backward pass needs, and the
+        # backward pass does not need this product.
+        weight: Any = self.base_layer.weight
+        return torch.addmm(up, lower.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
+
+    @property
+    def dropout(self) -> float:
+        """The probability to drop an element of the input now."""
+        return getattr(self.lora_dropout[ADAPTER], "p", 0.0) if self.training else 0.0
 
 
-def draw_dropped(x: Tensor, p: float) -> Tensor:
-    """Draws the elements of x that are dropped, each with probability p and independent of the others.
+class SharedInput:
+    """The layers that get one input. The first of them that is called computes LoRA's part of all."""
 
-    Returns their places on a CPU and a boolean mask on other devices.
+    def __init__(self, layers: Sequence[FusedLora]) -> None:
+        self.layers = list(layers)
+        self.input: Tensor | None = None
+        self.ups: dict[FusedLora, Tensor] = {}  # what later layers will ask for
+
+    def up(self, layer: FusedLora, x: Tensor, lower: Tensor) -> Tensor:
+        """scale * B A dropout(x) + bias of `layer`, as [tokens, d_out]. `lower` is x in the dtype to compute in."""
+        if x is not self.input or layer not in self.ups:
+            # A layer that gets another input than the first one is on its own.
+            together = self.layers if layer is self.layers[0] else [layer]
+            self.input, self.ups = x, dict(zip(together, _ups(together, lower), strict=True))
+        up = self.ups.pop(layer)
+        if not self.ups:
+            self.input = None
+        return up
+
+
+def share_inputs(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+    """Tells the layers of `model` which of them get the same input; each group has the names of its layers in the order
+    in which the model calls them."""
+    for names in groups:
+        layers = [model.get_submodule(name) for name in names]
+        fused = [layer for layer in layers if isinstance(layer, FusedLora) and layer.shared is not None]
+        shared = SharedInput(fused)
+        for layer in fused:
+            layer.shared = shared
+
+
+def shared_inputs(model: nn.Module) -> list[list[str]]:
+    """The groups that share_inputs has told the layers of `model`."""
+    groups: dict[SharedInput, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if isinstance(module, FusedLora) and module.shared is not None:
+            groups[module.shared].append(name)
+    order: dict[nn.Module, int] = {layer: i for shared in groups for i, layer in enumerate(shared.layers)}
+    return [sorted(names, key=lambda name: order[model.get_submodule(name)]) for names in groups.values()]
+
+
+def leave_to_peft(model: nn.Module, besides: Collection[nn.Module]) -> None:
+    """Leaves the computation of all adapters in `model` to PEFT, but for those in the modules `besides`."""
+    ours = {inner for module in besides for inner in module.modules()}
+    for module in model.modules():
+        if isinstance(module, FusedLora) and module not in ours:
+            module.shared = None
+
+
+def _ups(layers: Sequence[FusedLora], x: Tensor) -> tuple[Tensor, ...]:
+    """LoRA's part of each layer's output, with the layer's frozen bias, as [tokens, d_out]."""
+    first = layers[0]
+    biases = [layer.base_layer.bias for layer in layers]
+    matrices = [each[ADAPTER].weight for layer in layers for each in (layer.lora_A, layer.lora_B)]
+    ups: tuple[Tensor, ...] = _Up.apply(x, first.dropout, first.scaling[ADAPTER], biases, *matrices)  # type: ignore[no-untyped-call]
+    return ups
+
+
+class _Up(torch.autograd.Function):
+    """dropout(x) A.T B.T * scale + bias for several pairs of A [rank, d_in] and B [d_out, rank], with one dropout."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, p: float, scale: float, biases: list[Tensor | None], *matrices: Tensor
+    ) -> tuple[Tensor, ...]:
+        kept, dropped, factor = drop(x.flatten(0, -2), p) if p else (x.flatten(0, -2), None, 1.0)
+        a = torch.cat(matrices[::2]) if len(matrices) > 2 else matrices[0]
+        a, bs = a.to(x.dtype), [b.to(x.dtype) for b in matrices[1::2]]
+        down = kept @ a.t()  # [tokens, all ranks]
+        ctx.alpha, ctx.p, ctx.shape, ctx.dtype = scale * factor, p, x.shape, matrices[0].dtype
+        ups = []
+        for bias, b, own in zip(biases, bs, _columns(down, bs), strict=True):
+            start = down.new_empty(b.shape[0]) if bias is None else bias.to(x.dtype)  # beta 0 ignores what it holds
+            ups.append(torch.addmm(start, own, b.t(), beta=int(bias is not None), alpha=ctx.alpha))
+        ctx.save_for_backward(kept, dropped, down, a, *bs)
+        return tuple(ups)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        kept, dropped, down, a, *bs = ctx.saved_tensors
+        of_down = torch.empty_like(down)
+        of_bs = []
+        for gradient, b, own, of_own in zip(gradients, bs, _columns(down, bs), _columns(of_down, bs), strict=True):
+            torch.addmm(of_own, gradient, b, beta=0, alpha=ctx.alpha, out=of_own)
+            of_b = torch.empty_like(b)
+            of_bs.append(of_b.addmm_(gradient.t(), own, beta=0, alpha=ctx.alpha).to(ctx.dtype))
+        of_as = (of_down.t() @ kept).to(ctx.dtype).split([b.shape[1] for b in bs])
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = of_down @ a
+            if dropped is not None:
+                of_x = drop_again(of_x, dropped, ctx.p)
+            of_x = of_x.view(ctx.shape)
+        pairs = [matrix for pair in zip(of_as, of_bs, strict=True) for matrix in pair]
+        return of_x, None, None, None, *pairs
+
+
+def _columns(down: Tensor, bs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The columns of `down` [tokens, all ranks] that belong to each B [d_out, rank]."""
+    return down.split([b.shape[1] for b in bs], dim=1) if len(bs) > 1 else [down]
+
+
+def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+    """Drops elements of x, each with probability p > 0 and independent of the others.
+
+    Returns x with zeros in their places, what drop_again needs, and the factor that still has to be multiplied so that
+    the mean stays.
     """
-    return dropped_places(x.numel(), p) if x.is_cpu else torch.empty_like(x, dtype=torch.bool).bernoulli_(p)
+    if drops_places(x):
+        places = dropped_places(x.numel(), p)
+        return _without(x, places), places, 1 / (1 - p)
+    kept, mask = torch.native_dropout(x, p, True)
+    return kept, mask, 1.0
+
+
+def drop_again(gradient: Tensor, dropped: Tensor, p: float) -> Tensor:
+    """Drops the elements of the gradient that `drop` has dropped of x, and scales the others as it has."""
+    if drops_places(gradient):
+        return _without(gradient, dropped)
+    scaled: Tensor = torch.ops.aten.native_dropout_backward(gradient, dropped, 1 / (1 - p))
+    return scaled
+
+
+def drops_places(x: Tensor) -> bool:
+    """Whether the places of dropped elements are drawn, instead of a mask."""
+    return x.is_cpu
 
 
 def dropped_places(count: int, p: float) -> Tensor:
@@ -89,25 +199,6 @@ def dropped_places(count: int, p: float) -> Tensor:
     return places[: int(torch.searchsorted(places, count))]
 
 
-class _ProductWithoutDropped(torch.autograd.Function):
-    """The product of x […, d_in], with zeros in place of the `dropped` elements, and weight [rank, d_in] transposed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dropped: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, dropped)
-        return linear(_without(x, dropped), weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight, dropped = ctx.saved_tensors
-        gradient = gradients[0]
-        of_x = _without(gradient @ weight, dropped) if ctx.needs_input_grad[0] else None
-        of_weight = gradient.flatten(0, -2).T @ _without(x, dropped).flatten(0, -2)
-        return of_x, of_weight, None
-
-
-def _without(x: Tensor, dropped: Tensor) -> Tensor:
-    """x with zeros in place of the dropped elements, which are a mask or places."""
-    if dropped.dtype == torch.bool:
-        return x.masked_fill(dropped, 0)
-    return x.reshape(-1).index_fill(0, dropped, 0).view_as(x)
+def _without(x: Tensor, places: Tensor) -> Tensor:
+    """x with zeros in these places."""
+    return x.reshape(-1).index_fill(0, places, 0).view_as(x)

@@ -8,8 +8,11 @@ work at each moment: the plan adds the weights that ZeRO-3 has gathered by then.
 import copy
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -62,7 +65,7 @@ def measure_step(model: PeftModelWithLoss, micro_batch: MicroBatch, checkpointin
     inputs = batch.inputs
     if batch.attention_mask is not None:  # transformers would make this mask of the other, but cannot on this device
         inputs["attention_mask"] = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool, device="meta")
-    with warnings.catch_warnings(action="ignore"), attention_replaced_by(_fused_attention), live:
+    with warnings.catch_warnings(action="ignore"), as_fused_kernels(), live:
         loss = model(labels=batch.label_ids, predicts=batch.predicts, **inputs)
         saved = live.now
         loss.backward()
@@ -125,19 +128,49 @@ def _record(model: torch.nn.Module, live: _Live, events: list[Event]) -> None:
         module.register_full_backward_hook(note("release", True))
 
 
+@contextmanager
+def as_fused_kernels() -> Iterator[None]:
+    """Within this context attention and RMSNorm on the meta device make and keep what fused kernels do on a GPU, where
+    PyTorch would write them out."""
+    with (
+        attention_replaced_by(_fused_attention),
+        patch("loop.model.operators.rms_norm", _fused_norm),
+    ):
+        yield
+
+
+class _Norm(torch.autograd.Function):
+    """Keeps what a fused kernel keeps: the input, and one number for each vector. The weight gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.clone(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return torch.clone(gradients[0]), None
+
+
+def _fused_norm(x: Tensor, _: object, weight: Tensor, __: float) -> Tensor:
+    """Stands in for torch's rms_norm."""
+    normed: Tensor = _Norm.apply(x, weight)  # type: ignore[no-untyped-call]
+    return normed
+
+
 class _Attention(torch.autograd.Function):
     """Keeps what a fused kernel keeps: queries, keys, values, the output and one number for each query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        output = query.new_zeros(*query.shape[:-1], value.shape[-1])  # one kernel, as the next zeros
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return torch.zeros_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:

@@ -16,9 +16,11 @@ from loop.engine.accelerator import largest_of_ranks, mixed_precision
 from loop.engine.deepspeed_config import size_buckets_for_lora
 from loop.internals.deepspeed_internals import order_of_modules_forgotten
 from loop.measure.memory import free_host_memory
+from loop.model.attention import attention_for
 from loop.model.build import WEIGHT_DTYPES, Data, set_layout
 from loop.model.limits import check_limits
 from loop.model.neighbours import TOLERANCES, largest_gap, losses_alone, losses_among_others, rows_to_try
+from loop.model.operators import use_fused_operators
 from loop.planning.batching import LAYOUTS, choose_layout
 from loop.planning.estimate import COMFORT, CUDA_CONTEXT, Subject, Work, peak_of_step
 from loop.planning.launch_file import WEIGHT_BYTES
@@ -106,7 +108,7 @@ def _try_layouts(
     for layout in candidates:
         if layout != candidates[0]:
             base.set_attn_implementation(own)
-        set_layout(base, layout)
+        set_layout(base, layout, attention_for(base, device))
         found[layout] = largest_gap(alone, losses_among_others(model, rows, layout, pad, device))
         if not largest_of_ranks(int(found[layout] > most), accelerator):
             return found, layout
@@ -125,7 +127,10 @@ def _choose_checkpointing(recipe: Recipe, model: Any, work: Work, accelerator: A
     """
     precision = mixed_precision(accelerator)
     model = deepcopy(model)  # on the meta device, so the copy holds no weights
-    set_layout(model.get_base_model(), work.layout)
+    base = model.get_base_model()
+    set_layout(base, work.layout, attention_for(base, accelerator.device))
+    if accelerator.device.type == "cuda":
+        use_fused_operators(base)
     subject = Subject(recipe, model.to(WEIGHT_DTYPES[precision]), work)
     sharding = _sharding(recipe, model, precision, accelerator)
     try:
