@@ -23,9 +23,9 @@ class BatchArithmetic:
     @classmethod
     def of(cls, recipe: Recipe, num_processes: int, num_rows: int) -> "BatchArithmetic":
         """The arithmetic of `recipe` on so many processes. Raises UserError where they cannot share rows_per_step."""
-        recipe = settle_accumulation(recipe, num_processes)
+        recipe = in_numbers(settle_accumulation(recipe, num_processes), num_processes)
         return cls(
-            micro_batch_size=recipe.micro_batch_size,
+            micro_batch_size=recipe.rows_at_once,
             grad_accum_steps=recipe.grad_accum_steps,
             num_processes=num_processes,
             num_rows=num_rows,
@@ -85,21 +85,27 @@ def num_launched() -> int:
 def settle_accumulation(recipe: Recipe, num_processes: int) -> Recipe:
     """The recipe with the grad_accum_steps that make rows_per_step on so many processes.
 
-    A recipe without rows_per_step stays as it is. Raises UserError, with both numbers and the fix, where the
-    processes cannot share the rows, or where grad_accum_steps is given as well and makes another number of rows.
+    A recipe without rows_per_step, or with the micro_batch_size auto, stays as it is. Raises UserError, with both
+    numbers and the fix, where the processes cannot share the rows, or where grad_accum_steps is given as well and makes
+    another number of rows.
     """
     rows = recipe.rows_per_step
     if rows is None:
         return recipe
-    micro, accumulation = recipe.micro_batch_size, recipe.grad_accum_steps
+    auto = recipe.micro_batch_size == "auto"
+    micro, accumulation = 1 if auto else recipe.rows_at_once, recipe.grad_accum_steps
     at_once = micro * num_processes
     if rows % at_once:
         found = cut_up(rows, num_processes, micro)
         fix = f"Set --micro_batch_size {found[0]}" if found else f"Launch a number of processes that divides {rows}"
+        if auto:
+            raise UserError(f"rows_per_step is {rows}, which {num_processes} processes cannot share. {fix}.")
         raise UserError(
             f"rows_per_step is {rows}, but micro_batch_size {micro} x {num_processes} processes = {at_once} rows, "
             f"which does not divide it. {fix}, or give another rows_per_step."
         )
+    if auto:
+        return recipe
     if accumulation not in (1, rows // at_once):
         raise UserError(
             f"rows_per_step is {rows}, but micro_batch_size {micro} x grad_accum_steps {accumulation} x "
@@ -107,6 +113,14 @@ def settle_accumulation(recipe: Recipe, num_processes: int) -> Recipe:
             f"--rows_per_step {at_once * accumulation}."
         )
     return replace(recipe, grad_accum_steps=rows // at_once)
+
+
+def in_numbers(recipe: Recipe, num_processes: int) -> Recipe:
+    """The recipe with a process's whole share in place of the micro_batch_size auto, until that is decided."""
+    if recipe.micro_batch_size != "auto":
+        return recipe
+    assert recipe.rows_per_step is not None
+    return replace(recipe, micro_batch_size=recipe.rows_per_step // num_processes, grad_accum_steps=1)
 
 
 def cut_up(rows: int, num_processes: int, at_most: int) -> tuple[int, int] | None:

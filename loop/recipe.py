@@ -101,8 +101,8 @@ class Recipe:
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     epochs: int = 1
     """Passes over the training rows."""
-    micro_batch_size: int = 16
-    """Rows that a process computes at once."""
+    micro_batch_size: int | Literal["auto"] = 16
+    """Rows that a process computes at once; auto cuts its share of rows_per_step up as memory and time ask for."""
     rows_per_step: int | None = None
     """Rows of an optimizer step, over all processes; grad_accum_steps then follows from it for any number of processes.
     null: micro_batch_size x grad_accum_steps x the number of processes."""
@@ -132,6 +132,12 @@ class Recipe:
     """Seconds after which a rank that shows no sign of life ends the run."""
     tracker: str | None = "swanlab"
     """Name of a tracker that accelerate knows, which gets what metrics.jsonl gets; null for no tracker."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """micro_batch_size as a number, which it is once auto has been decided."""
+        assert self.micro_batch_size != "auto"
+        return self.micro_batch_size
 
 
 # A resumed run may change these keys, because they change neither what is learned nor in which order.
@@ -207,8 +213,8 @@ def _check_recipe_file(path: Path) -> None:
 
 def recipe_problems(recipe: Recipe) -> list[str]:
     """One line for every value out of range: the key, its value, and what the value has to be."""
-    optim, lora, rows = recipe.optim, recipe.lora, recipe.rows_per_step
-    files, share = recipe.data.train_file, recipe.data.validation_share
+    optim, lora, rows, micro = recipe.optim, recipe.lora, recipe.rows_per_step, recipe.micro_batch_size
+    files, share, steps = recipe.data.train_file, recipe.data.validation_share, recipe.grad_accum_steps
     rules = [
         ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
         ("lora.alpha", lora.alpha, 0 < lora.alpha < math.inf, "above 0"),
@@ -226,8 +232,10 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         ("data.date", recipe.data.date, _is_date(recipe.data.date), "a day, as YYYY-MM-DD"),
         ("data.max_length", recipe.data.max_length, recipe.data.max_length >= 2, "at least 2"),
         ("epochs", recipe.epochs, 1 <= recipe.epochs <= MOST, "1 to a million"),
-        ("micro_batch_size", recipe.micro_batch_size, 1 <= recipe.micro_batch_size <= MOST, "1 to a million"),
-        ("grad_accum_steps", recipe.grad_accum_steps, 1 <= recipe.grad_accum_steps <= MOST, "1 to a million"),
+        ("micro_batch_size", micro, micro == "auto" or 1 <= micro <= MOST, "1 to a million, or auto"),
+        ("micro_batch_size", micro, micro != "auto" or rows is not None, "a number where rows_per_step is null"),
+        ("grad_accum_steps", steps, micro != "auto" or steps == 1, "left out where micro_batch_size is auto"),
+        ("grad_accum_steps", steps, 1 <= steps <= MOST, "1 to a million"),
         ("rows_per_step", rows, rows is None or 1 <= rows <= MOST, "1 to a million, or null"),
         ("seed", recipe.seed, 0 <= recipe.seed < 2**32, "at least 0 and below 2^32"),
         ("log_every", recipe.log_every, recipe.log_every >= 1, "at least 1"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from loop.batch_arithmetic import BatchArithmetic, num_launched, settle_accumulation
+from loop.batch_arithmetic import BatchArithmetic, num_launched
 from loop.engine.accelerator import build_accelerator, prepare
 from loop.engine.launcher import obey_launcher
 from loop.guard.guard import Guard
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     name, asked = parse_recipe(argv)
     checkpoint = find_checkpoint(name, asked)  # the one that --resume means; None for a new run
     check_run_folder(asked, checkpoint)
-    recipe = keep_decisions(checkpoint, settle_accumulation(asked, num_launched()))
+    recipe = keep_decisions(checkpoint, asked, num_launched())
     data = build_data(recipe, build_tokenizer(recipe))
     model_without_weights = check_model(recipe)
     accelerator = build_accelerator(recipe)
@@ -55,12 +55,12 @@ def main(argv: Sequence[str]) -> None:
         run = fingerprint(recipe, data, batch, accelerator)
         check_resumable(checkpoint, run, recipe, data, batch, accelerator)
         decided = decide(recipe, data, model_without_weights, accelerator)  # what the recipe leaves to auto
-        recipe = decided.write_into(recipe)
+        recipe, batch = decided.write_into(recipe, batch)
         model = build_model(recipe, model_without_weights, accelerator)
         restore_adapter(checkpoint, model, accelerator)
         engine, optimizer = prepare(model, build_optimizer(recipe, model), accelerator)
         decided = keep_rows_apart(decided, recipe, data, engine, accelerator)
-        recipe = decided.write_into(recipe)
+        recipe, batch = decided.write_into(recipe, batch)
         run_dir = create_run_folder(name, recipe, run, data, checkpoint, accelerator)
 
         job = Job(recipe, replace(data, layout=decided.layout), batch, run_dir, checkpoint, accelerator)

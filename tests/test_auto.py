@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTNeoXConfig, OPTConfig
 
 from data.examples import Example
+from loop.batch_arithmetic import BatchArithmetic
 from loop.model.attention import BY_ROW
 from loop.model.build import Data, add_adapters
 from loop.planning.decisions import decide
@@ -55,6 +56,28 @@ def test_kept_where_it_fits_and_recomputed_where_not(memory: type[Memory]) -> No
     chosen, why = decided()
     assert chosen == "non_reentrant"
     assert why.startswith("non_reentrant (auto): a step without would take")
+
+
+def test_rows_at_once_are_as_many_as_fit(memory: type[Memory]) -> None:
+    """With auto a process computes its whole share, or as much of it as memory allows; a step keeps its rows."""
+    recipe = replace(RECIPE, micro_batch_size="auto", rows_per_step=8, gradient_checkpointing="none")
+    rows = [Example.of(i, [1] * 100, [2] * 100) for i in range(8)]
+    found = {}
+    accelerator = Accelerator(cpu=True)
+    data, model = Data(rows, [], 0), add_adapters(base(), recipe)
+    batch = BatchArithmetic.of(recipe, 1, len(rows))
+    assert (batch.micro_batch_size, batch.grad_accum_steps) == (8, 1)
+    for share in (1.2, 0.6, 0.3, 0.001):
+        memory.available = 10**12
+        why = decide(recipe, data, model, accelerator).said["gradient checkpointing"]
+        memory.available = int(float(why.split(" takes ")[1].split()[0]) * 1e9 * share)
+        told = decide(recipe, data, model, accelerator)
+        cut, batch_cut = told.write_into(recipe, batch)
+        assert batch_cut.rows_per_step == batch.rows_per_step == 8
+        assert accelerator.gradient_accumulation_steps == cut.grad_accum_steps == 8 // told.rows_at_once
+        found[share] = told.rows_at_once
+    assert found[1.2] == 8
+    assert 8 > found[0.6] >= found[0.3] >= found[0.001] == 1
 
 
 def test_processes_of_a_machine_share_its_memory(memory: type[Memory], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,9 +138,10 @@ def test_what_is_decided_is_written_into_the_recipe(memory: type[Memory]) -> Non
     memory.available = 1
     recipe = replace(RECIPE, batching="auto")
     found = decide(recipe, Data(unequal_rows(), [], 0), add_adapters(base(), recipe), Accelerator(cpu=True))
-    written = found.write_into(recipe)
+    written, batch = found.write_into(recipe, BatchArithmetic.of(recipe, 1, 7))
+    assert batch == BatchArithmetic.of(recipe, 1, 7)
     assert (written.batching, written.gradient_checkpointing) == (found.layout, "non_reentrant")
-    assert replace(written, batching="auto", gradient_checkpointing="auto") == recipe
+    assert replace(written, batching="auto", gradient_checkpointing="auto", grad_accum_steps=1) == recipe
 
 
 def test_asks_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

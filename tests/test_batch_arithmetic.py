@@ -56,6 +56,18 @@ def test_rows_that_cannot_be_shared(arguments: list[str], processes: int, said: 
     assert said in str(error.value)
 
 
+def test_auto_shares_the_rows_out_on_any_number_of_processes_that_divides_them() -> None:
+    auto = parse_recipe(["--micro_batch_size", "auto"])[1]
+    found = [BatchArithmetic.of(auto, processes, 1798) for processes in (1, 2, 8)]
+    assert [(one.micro_batch_size, one.rows_per_step) for one in found] == [(32, 32), (16, 32), (4, 32)]
+    with pytest.raises(UserError, match=r"rows_per_step is 32, which 3 processes cannot share. Launch a number"):
+        settle_accumulation(auto, 3)
+    with pytest.raises(UserError, match="micro_batch_size is auto, but has to be a number where rows_per_step is null"):
+        parse_recipe(["--config", str(DEBUG), "--micro_batch_size", "auto", "--grad_accum_steps", "1"])
+    with pytest.raises(UserError, match="grad_accum_steps is 2, but has to be left out where micro_batch_size is auto"):
+        parse_recipe(["--micro_batch_size", "auto", "--grad_accum_steps", "2"])
+
+
 def test_the_fix_that_is_advised_is_one() -> None:
     for rows in range(1, 40):
         for processes in (1, 2, 3, 4):

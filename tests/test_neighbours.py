@@ -139,7 +139,7 @@ def adapted(base: Any) -> Any:
 
 def decided(recipe: Recipe, model: Any, layout: Layout, auto: bool) -> Decided:
     set_layout(model.get_base_model(), layout)
-    told = Decided(layout, "none", auto, {"batching": layout})
+    told = Decided(layout, "none", recipe.rows_at_once, auto, {"batching": layout})
     return keep_rows_apart(told, recipe, Data(rows(), [], 0), model, Accelerator(cpu=True))
 
 

@@ -77,7 +77,7 @@ def test_what_was_decided_is_kept_where_the_recipe_says_auto(
 ) -> None:
     """The last case is a checkpoint of an older version, which holds auto itself."""
     known = {"run": {"recipe": {"batching": then[0], "gradient_checkpointing": then[1]}}}
-    recipe = keep_decisions(Checkpoint(Path("step-000001"), known, {}, {}), parse_recipe(now)[1])
+    recipe = keep_decisions(Checkpoint(Path("step-000001"), known, {}, {}), parse_recipe(now)[1], 1)
     assert (recipe.batching, recipe.gradient_checkpointing) == kept
 
 
@@ -178,9 +178,9 @@ def test_a_run_keeps_its_day() -> None:
     """A new run begins on a day, and a resume goes on with it, whatever day it is by then."""
     recipe = parse_recipe(["--config", str(DEBUG)])[1]
     assert recipe.data.date is None
-    assert keep_decisions(None, recipe).data.date == date.today().isoformat()
+    assert keep_decisions(None, recipe, 1).data.date == date.today().isoformat()
     then = {"run": {"recipe": {"data": {"date": "2020-02-29"}}}}
     checkpoint = Checkpoint(Path("step-000004"), then, {}, {})
-    assert keep_decisions(checkpoint, recipe).data.date == "2020-02-29"
+    assert keep_decisions(checkpoint, recipe, 1).data.date == "2020-02-29"
     given = parse_recipe(["--config", str(DEBUG), "--data.date", "2021-01-01"])[1]
-    assert keep_decisions(checkpoint, given).data.date == "2021-01-01", "which the resume then refuses"
+    assert keep_decisions(checkpoint, given, 1).data.date == "2021-01-01", "which the resume then refuses"

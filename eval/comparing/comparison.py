@@ -42,7 +42,7 @@ class Comparison:
     rows_per_step: int  # the effective batch, which is the same for all configurations
 
     def grad_accum_steps(self, configuration: Configuration) -> int:
-        return self.rows_per_step // (self.recipe.micro_batch_size * configuration.num_processes)
+        return self.rows_per_step // (self.recipe.rows_at_once * configuration.num_processes)
 
 
 def plan_comparison(
@@ -59,6 +59,8 @@ def plan_comparison(
     for key in ("run_dir", "resume"):
         if getattr(recipe, key) is not None:
             raise UserError(f"{key} is {getattr(recipe, key)}, but here each run has a folder of its own. Remove it.")
+    if recipe.micro_batch_size == "auto":
+        raise UserError("micro_batch_size is auto, which may differ between configurations. Give a number after --.")
     configurations = read_configurations(files)
     out = out if out is not None else Path("runs") / f"stages-{name}"
     known = _read_known(out)
@@ -73,7 +75,7 @@ def plan_comparison(
                 f"{most}: grad_accum_steps {recipe.grad_accum_steps} x {most} is no multiple of "
                 f"{configuration.num_processes}. Give another --grad_accum_steps after --."
             )
-    rows_per_step = recipe.rows_per_step or recipe.micro_batch_size * recipe.grad_accum_steps * most
+    rows_per_step = recipe.rows_per_step or recipe.rows_at_once * recipe.grad_accum_steps * most
     comparison = Comparison(
         out=out,
         recipe_name=name,

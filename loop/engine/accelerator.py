@@ -118,6 +118,17 @@ def zero_stage(accelerator: Accelerator) -> int | None:
     return int(accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
 
 
+def set_accumulation(rows_at_once: int, grad_accum_steps: int, accelerator: Accelerator) -> None:
+    """Tells accelerate and DeepSpeed how a process's share of a step is cut up, before `prepare`."""
+    accelerator.gradient_accumulation_steps = grad_accum_steps
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=rows_at_once,
+            gradient_accumulation_steps=grad_accum_steps,
+            train_batch_size=rows_at_once * grad_accum_steps * accelerator.num_processes,
+        )
+
+
 def on_main_process(action: Callable[[], object], accelerator: Accelerator) -> None:
     """Rank 0 alone does `action`; every rank enters. An error in it is raised on every rank."""
     told: list[Exception | None] = [None]

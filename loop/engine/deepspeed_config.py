@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from data.errors import UserError
+from loop.batch_arithmetic import in_numbers
 from loop.internals.deepspeed_internals import is_fetched_as_a_whole, numel_of
 from loop.recipe import Recipe, find_path
 
@@ -105,7 +106,8 @@ def _check_zero(zero: dict[str, Any], where: str) -> None:
 
 def _fill_from_recipe(config: dict[str, Any], recipe: Recipe, num_processes: int, where: str) -> None:
     """Writes the recipe's numbers into `config`. Raises UserError where `config` has other numbers already."""
-    per_device, accumulation = recipe.micro_batch_size, recipe.grad_accum_steps
+    recipe = in_numbers(recipe, num_processes)
+    per_device, accumulation = recipe.rows_at_once, recipe.grad_accum_steps
     owned: dict[str, tuple[float, str]] = {
         "gradient_accumulation_steps": (accumulation, "grad_accum_steps"),
         "gradient_clipping": (recipe.optim.max_grad_norm, "optim.max_grad_norm"),

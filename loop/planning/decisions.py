@@ -1,4 +1,5 @@
-"""Decides what a recipe leaves to `auto`: how rows share a micro-batch, and whether activations are recomputed."""
+"""Decides what a recipe leaves to `auto`: how rows share a micro-batch, how many they are, and whether activations are
+recomputed."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -12,7 +13,8 @@ from accelerate.utils import DistributedType
 from data.errors import UserError
 from data.examples import lengths_of
 from data.layout import Layout
-from loop.engine.accelerator import largest_of_ranks, mixed_precision
+from loop.batch_arithmetic import BatchArithmetic, in_numbers
+from loop.engine.accelerator import largest_of_ranks, mixed_precision, set_accumulation
 from loop.engine.deepspeed_config import size_buckets_for_lora
 from loop.internals.deepspeed_internals import order_of_modules_forgotten
 from loop.measure.memory import free_host_memory
@@ -22,6 +24,7 @@ from loop.model.limits import check_limits
 from loop.model.neighbours import TOLERANCES, largest_gap, losses_alone, losses_among_others, rows_to_try
 from loop.model.operators import use_fused_operators
 from loop.planning.batching import LAYOUTS, choose_layout
+from loop.planning.cutting import RECOMPUTING, choose_cut, possible_sizes
 from loop.planning.estimate import COMFORT, CUDA_CONTEXT, Subject, Work, peak_of_step
 from loop.planning.launch_file import WEIGHT_BYTES
 from loop.planning.zero_memory import Sharding, held
@@ -34,32 +37,40 @@ Checkpointing = Literal["none", "non_reentrant", "reentrant"]
 class Decided:
     layout: Layout
     checkpointing: Checkpointing
+    rows_at_once: int  # micro_batch_size
     auto: bool  # whether the layout was chosen here, because the recipe says auto
     said: dict[str, str]  # the lines for the page before the first step
 
-    def write_into(self, recipe: Recipe) -> Recipe:
-        """The recipe that is run: auto gives way to what was decided. Run folder and checkpoints hold this recipe."""
-        return replace(recipe, batching=self.layout, gradient_checkpointing=self.checkpointing)
+    def write_into(self, recipe: Recipe, batch: BatchArithmetic) -> tuple[Recipe, BatchArithmetic]:
+        """The recipe and the batch that are run: auto gives way to what was decided. Run folder and checkpoints hold
+        this recipe."""
+        rows, accumulation = self.rows_at_once, batch.micro_batch_size * batch.grad_accum_steps // self.rows_at_once
+        cut = replace(recipe, micro_batch_size=rows, grad_accum_steps=accumulation)
+        decided = replace(cut, batching=self.layout, gradient_checkpointing=self.checkpointing)
+        return decided, replace(batch, micro_batch_size=rows, grad_accum_steps=accumulation)
 
 
 def decide(recipe: Recipe, data: Data, model: Any, accelerator: Accelerator) -> Decided:
-    """Decides both where the recipe says auto; every rank enters. `model` has adapters, lies on the meta device, and
-    stays as it is.
+    """Decides all three where the recipe says auto; every rank enters, and accelerate and DeepSpeed learn how the batch
+    is cut up. `model` has adapters, lies on the meta device, and stays as it is.
 
     Raises UserError when the model cannot do what the recipe says.
     """
     base = model.get_base_model()
-    layout, why = choose_layout(recipe, data.train, base, accelerator.num_processes, data.validation)
-    checkpointing = reason = str(recipe.gradient_checkpointing)
-    if checkpointing == "auto":
+    processes = accelerator.num_processes
+    layout, why = choose_layout(recipe, data.train, base, processes, data.validation)
+    whole = in_numbers(recipe, processes)  # a process's whole share at once, where the recipe says auto
+    rows, checkpointing, reason = whole.rows_at_once, str(recipe.gradient_checkpointing), ""
+    if "auto" in (checkpointing, recipe.micro_batch_size):
         # Validation needs less memory than training for rows of the same length, but its rows may be longer.
         longer = max(filter(None, (data.train, data.validation)), key=lambda rows: lengths_of(rows).max())
         work = Work(longer, layout, real=True)
-        checkpointing, reason = _choose_checkpointing(recipe, model, work, accelerator)
-    said = {"batching": why, "gradient checkpointing": reason}
+        rows, checkpointing, reason = _cut_up(recipe, model, work, float(lengths_of(data.train).mean()), accelerator)
+    set_accumulation(rows, whole.rows_at_once * whole.grad_accum_steps // rows, accelerator)
+    said = {"batching": why, "gradient checkpointing": checkpointing + reason}
     if warning := check_limits(base, [data.train, data.validation]):
         said["positions"] = f"warning: {warning}"
-    return Decided(layout, cast(Checkpointing, checkpointing), recipe.batching == "auto", said)
+    return Decided(layout, cast(Checkpointing, checkpointing), rows, recipe.batching == "auto", said)
 
 
 def keep_rows_apart(
@@ -97,7 +108,7 @@ def _try_layouts(
 
     Collective. `model` is in evaluation mode and has the attention of the first candidate.
     """
-    rows = rows_to_try(data.train, recipe.micro_batch_size)
+    rows = rows_to_try(data.train, recipe.rows_at_once)
     base = accelerator.unwrap_model(model, keep_torch_compile=False).get_base_model()
     most, pad, device = TOLERANCES[mixed_precision(accelerator)], data.pad_token_id, accelerator.device
     own = recipe.model.attn_implementation
@@ -120,31 +131,46 @@ def _gaps(found: dict[Layout, float], right: Layout | None = None) -> str:
     return ", ".join(f"in {layout} by {gap:.2g} nats a token" for layout, gap in found.items() if layout != right)
 
 
-def _choose_checkpointing(recipe: Recipe, model: Any, work: Work, accelerator: Accelerator) -> tuple[str, str]:
-    """Chooses none where a step without recomputation would leave a tenth of the memory free on every rank's device.
+def _cut_up(recipe: Recipe, model: Any, work: Work, tokens: float, accelerator: Accelerator) -> tuple[int, str, str]:
+    """Chooses the micro-batch size and whether to recompute, for rows of `tokens` tokens on average; every rank enters.
 
-    The plan's estimate says what a step needs. Returns the choice and the reason.
+    A tenth of the memory has to stay free on every rank's device by the plan's estimate. Returns the size, the kind of
+    checkpointing and the reason.
     """
-    precision = mixed_precision(accelerator)
-    model = deepcopy(model)  # on the meta device, so the copy holds no weights
+    precision, whole = mixed_precision(accelerator), in_numbers(recipe, accelerator.num_processes)
+    model = deepcopy(model).to(WEIGHT_DTYPES[precision])  # on the meta device, so the copy holds no weights
     base = model.get_base_model()
     set_layout(base, work.layout, attention_for(base, accelerator.device))
-    if accelerator.device.type == "cuda":
+    on_gpu = accelerator.device.type == "cuda"
+    if on_gpu:
         use_fused_operators(base)
-    subject = Subject(recipe, model.to(WEIGHT_DTYPES[precision]), work)
     sharding = _sharding(recipe, model, precision, accelerator)
+    subject = Subject(whole, model, work)
+
+    def need(rows: int, recomputes: bool) -> float:
+        """The bytes that a step needs where this rank's memory is counted."""
+        device = peak_of_step(subject.with_rows(rows), sharding, recomputes).device
+        if on_gpu:
+            return device
+        return device + held(sharding, subject.base, subject.adapters)[1].total - int(CUDA_CONTEXT)
+
+    def fits(rows: int, recomputes: bool) -> bool:
+        return not largest_of_ranks(int(need(rows, recomputes) > COMFORT * has), accelerator)  # collective
+
+    has = torch.cuda.get_device_properties(accelerator.device).total_memory if on_gpu else free_host_memory()
+    said, auto = recipe.gradient_checkpointing, recipe.micro_batch_size == "auto"
+    sizes = possible_sizes(whole.rows_at_once, tokens) if auto else [whole.rows_at_once]
+    kind = subject.recomputation(sharding)
     try:
-        need = peak_of_step(subject, sharding, recomputes=False).device
+        rows, recomputes = choose_cut(sizes, tokens, RECOMPUTING.get(said, (True,)), fits, sharding.gathers)
+        taken = need(rows, False) if said == "auto" else need(rows, recomputes)
     except UserError as error:  # the same error on all ranks
-        return subject.recomputation(sharding), f"{subject.recomputation(sharding)} (auto): {error}"
-    if accelerator.device.type == "cuda":
-        has = torch.cuda.get_device_properties(accelerator.device).total_memory
-    else:
-        need += held(sharding, subject.base, subject.adapters)[1].total - int(CUDA_CONTEXT)
-        has = free_host_memory()
-    short = largest_of_ranks(int(need > COMFORT * has), accelerator)  # collective
-    chosen = subject.recomputation(sharding) if short else "none"
-    return chosen, f"{chosen} (auto): a step without would take {need / 1e9:.3g} of {has / 1e9:.3g} GB on a device"
+        return (sizes[-1] if auto else whole.rows_at_once), kind, f" (auto): {error}"
+    chosen = kind if recomputes else "none"
+    cut = f"{rows} rows at once (auto), " if auto else ""
+    what = "a step without would take" if said == "auto" else "a step takes"
+    why = f"{what} {taken / 1e9:.3g} of {has / 1e9:.3g} GB on a device"
+    return rows, chosen, f"{' (auto)' if said == 'auto' else ''}: {cut}{why}"
 
 
 def _sharding(recipe: Recipe, model: Any, precision: str, accelerator: Accelerator) -> Sharding:

@@ -74,7 +74,7 @@ def contradictions(recipe: Recipe, data: Data | None, model: Any, steps: int, ro
     for key, value in (("log_every", recipe.log_every), ("save_every", recipe.save_every)):
         if value > steps:
             found.notes.append(f"{key} is {value}, but there are only {steps} steps.")
-    if recipe.micro_batch_size > rows:
+    if recipe.micro_batch_size != "auto" and recipe.micro_batch_size > rows:
         found.notes.append(f"micro_batch_size is {recipe.micro_batch_size}, but there are only {rows} rows.")
     if data and data.validation and (both := set(map(key_of, data.train)) & set(map(key_of, data.validation))):
         found.notes.append(f"{len(both)} validation rows are training rows too: val/loss will flatter.")

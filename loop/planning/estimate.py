@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,10 +10,11 @@ from data.batch import epoch_order, windows
 from data.errors import UserError
 from data.examples import Example, label_lengths_of, lengths_of
 from data.layout import Layout, MicroBatch, collate
-from loop.batch_arithmetic import BatchArithmetic
+from loop.batch_arithmetic import BatchArithmetic, in_numbers
 from loop.internals.deepspeed_internals import is_fetched_as_a_whole
 from loop.measure.flops import Batch, MatrixProducts, count_computed, matrix_products
 from loop.planning.activations import Activations, measure_step
+from loop.planning.cutting import RECOMPUTING, choose_cut, possible_sizes
 from loop.planning.launch_file import Launch
 from loop.planning.zero_memory import (
     PERSISTENT,
@@ -77,7 +78,15 @@ class Subject:
         self.adapters = [p.numel() for p in model.parameters() if p.requires_grad]
         self._activations: dict[str, Activations] = {}  # by the kind of checkpointing
         self._gathering: dict[tuple[object, ...], Gathering] = {}  # by that kind and the sizes that matter
+        self._with_rows: dict[int, Subject] = {}  # by micro_batch_size
         self._epochs: dict[int, tuple[int, int, Batch]] = {}  # by the number of processes
+
+    def with_rows(self, rows_at_once: int) -> "Subject":
+        """The same with another micro_batch_size."""
+        if rows_at_once not in self._with_rows:
+            recipe = replace(self.recipe, micro_batch_size=rows_at_once)
+            self._with_rows[rows_at_once] = Subject(recipe, self.model, self.work)
+        return self._with_rows[rows_at_once]
 
     @cached_property
     def products(self) -> MatrixProducts:
@@ -96,7 +105,7 @@ class Subject:
     def _measure(self, checkpointing: str) -> Activations:
         """Measures the step that needs most memory."""
         try:
-            return measure_step(self.model, self.work.largest(self.recipe.micro_batch_size), checkpointing)
+            return measure_step(self.model, self.work.largest(self.recipe.rows_at_once), checkpointing)
         except Exception as error:  # a model's own code, on a device that few authors think of
             name = type(self.model.get_base_model()).__name__
             raise UserError(
@@ -206,7 +215,9 @@ class Estimate:
 
 
 def estimate(subject: Subject, launch: Launch, hardware: Hardware) -> Estimate:
-    """Estimates what `launch` needs for the subject's model and rows."""
+    """Estimates what `launch` needs for the subject's model and rows. The micro_batch_size auto is decided for it."""
+    if subject.recipe.micro_batch_size == "auto":
+        subject, launch = _cut_up(subject, launch, hardware)
     sharding, n = launch.sharding, launch.processes
     device, on_host = held(sharding, subject.base, subject.adapters)
     peaks = {recomputes: peak_of_step(subject, sharding, recomputes) for recomputes in (True, False)}
@@ -241,6 +252,20 @@ def estimate(subject: Subject, launch: Launch, hardware: Hardware) -> Estimate:
     )
 
 
+def _cut_up(subject: Subject, launch: Launch, hardware: Hardware) -> tuple[Subject, Launch]:
+    """The subject and the launch with the micro-batch size that a run would choose on this hardware."""
+    whole = in_numbers(subject.recipe, launch.processes)
+    said, tokens = whole.gradient_checkpointing, float(lengths_of(subject.work.examples).mean())
+
+    def fits(rows: int, recomputes: bool) -> bool:
+        peak = peak_of_step(subject.with_rows(rows), launch.sharding, recomputes)
+        return not hardware.gpu_memory or peak.device <= COMFORT * hardware.gpu_memory
+
+    sizes, sharding = possible_sizes(whole.rows_at_once, tokens), launch.sharding
+    rows, _ = choose_cut(sizes, tokens, RECOMPUTING.get(said, (True,)), fits, sharding.gathers)
+    return subject.with_rows(rows), launch.cut_up(rows, whole.rows_at_once // rows)
+
+
 @dataclass(frozen=True)
 class Peak:
     """The memory of one rank in a step, at its highest, in bytes."""
@@ -258,7 +283,7 @@ def peak_of_step(subject: Subject, sharding: Sharding, recomputes: bool) -> Peak
     activations = subject.activations(checkpointing)
     device = held(sharding, subject.base, subject.adapters)[0]
     peak, live, gathers = activations.peak, 0, 0
-    if sharding.stage == 3 and (sharding.processes > 1 or sharding.offloads("param")):
+    if sharding.gathers:
         found = subject.gathering(sharding, checkpointing)
         peak, live, gathers = found.peak, found.live, found.gathers
     in_backward = sharding.weight_bytes * sum(subject.adapters) + peak

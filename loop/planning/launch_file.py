@@ -34,6 +34,15 @@ class Launch:
         accumulates = self.grad_accum_steps > 1
         return Sharding(zero.get("stage"), self.processes, WEIGHT_BYTES[self.precision], zero, accumulates)
 
+    def cut_up(self, rows_at_once: int, grad_accum_steps: int) -> "Launch":
+        """This launch with another cut of the same batch."""
+        cut = {"train_micro_batch_size_per_gpu": rows_at_once, "gradient_accumulation_steps": grad_accum_steps}
+        return replace(
+            self,
+            grad_accum_steps=grad_accum_steps,
+            deepspeed=None if self.deepspeed is None else self.deepspeed | cut,
+        )
+
     def with_processes(self, processes: int, recipe: Recipe) -> "Launch":
         """This launch with another number of processes or another recipe. Raises UserError where the processes cannot
         share the rows of a step."""

@@ -102,7 +102,7 @@ def change(subject: Subject, estimates: Sequence[Estimate], given: Hardware) -> 
         best = recommend([estimate(saving, launch, given) for launch in launches], given)
         if best:
             return f"Set gradient_checkpointing to non_reentrant (it is none): then {best.launch.name} fits."
-    micro = recipe.micro_batch_size
+    micro = 1 if recipe.micro_batch_size == "auto" else recipe.micro_batch_size
     while (micro := micro // 2) >= 1:
         smaller = Subject(replace(recipe, micro_batch_size=micro), subject.model, subject.work)
         for one in _possible(smaller, [(launch, launch.processes) for launch in launches], given):
@@ -111,7 +111,7 @@ def change(subject: Subject, estimates: Sequence[Estimate], given: Hardware) -> 
     n = max(launch.processes for launch in launches)
     while (n := 2 * n) <= MOST_GPUS:
         more, option = subject, ""
-        if recipe.rows_per_step is not None:
+        if recipe.rows_per_step is not None and recipe.micro_batch_size != "auto":
             shared = cut_up(recipe.rows_per_step, n, recipe.micro_batch_size)
             if shared is None:
                 continue

@@ -46,6 +46,11 @@ class Sharding:
         return str((self.zero.get(f"offload_{what}") or {}).get("device", "none")) != "none"
 
     @property
+    def gathers(self) -> bool:
+        """Whether each micro-batch brings the weights together from elsewhere."""
+        return self.stage == 3 and (self.processes > 1 or self.offloads("param"))
+
+    @property
     def overlaps(self) -> bool:
         """Whether gradients are sent while the backward pass goes on, which takes a second bucket."""
         return bool(self.zero.get("overlap_comm", self.stage == 3))

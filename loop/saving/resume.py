@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from data.batch import Window
 from data.errors import UserError
 from data.examples import sha256_of
-from loop.batch_arithmetic import BatchArithmetic, cut_up
+from loop.batch_arithmetic import BatchArithmetic, cut_up, settle_accumulation
 from loop.engine.accelerator import mixed_precision, on_main_process
 from loop.engine.optimizer_state import restore_optimizer, trainable_parameters
 from loop.measure.phases import measured
@@ -29,7 +29,7 @@ from loop.saving.checkpoint import (
 )
 from loop.saving.content import data_sha256, model_sha256
 
-DECIDED = ("batching", "gradient_checkpointing")  # keys of the recipe that may say auto
+DECIDED = ("batching", "gradient_checkpointing", "micro_batch_size")  # keys of the recipe that may say auto
 
 
 def find_checkpoint(name: str, recipe: Recipe) -> Checkpoint | None:
@@ -81,16 +81,21 @@ def _newest(run_dir: Path) -> Checkpoint | None:
     return None
 
 
-def keep_decisions(checkpoint: Checkpoint | None, recipe: Recipe) -> Recipe:
-    """The recipe with what was decided when the run began, wherever the recipe says auto.
+def keep_decisions(checkpoint: Checkpoint | None, recipe: Recipe, num_processes: int) -> Recipe:
+    """The recipe with what was decided when the run began, wherever the recipe says auto, and with the accumulation
+    that follows on so many processes. Raises UserError where these cannot share the rows of a step.
 
-    A resumed run decides nothing again: the memory that is free by then may be another, and so is the day. A checkpoint
-    of an older version holds auto itself; then the decision is made anew.
+    A resumed run decides nothing again: the memory that is free by then may be another, and so is the day. Only a
+    micro_batch_size that does not divide the processes' shares is decided anew, and so is what the checkpoint of an
+    older version holds as auto itself.
     """
     then = checkpoint.state["run"]["recipe"] if checkpoint else {}
     kept = {key: then[key] for key in DECIDED if getattr(recipe, key) == "auto" and key in then}
+    rows = recipe.rows_per_step
+    if "micro_batch_size" in kept and rows is not None and rows % (kept["micro_batch_size"] * num_processes):
+        del kept["micro_batch_size"]
     day = recipe.data.date or then.get("data", {}).get("date") or date.today().isoformat()
-    return replace(recipe, data=replace(recipe.data, date=day), **kept)
+    return settle_accumulation(replace(recipe, data=replace(recipe.data, date=day), **kept), num_processes)
 
 
 def fingerprint(recipe: Recipe, data: Data, batch: BatchArithmetic, accelerator: Accelerator) -> dict[str, Any]:
@@ -208,7 +213,7 @@ def _pairs(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[
 def _batch_advice(then: int, recipe: Recipe, batch: BatchArithmetic) -> str:
     said = f"the effective batch: {then} rows then, {batch.rows_per_step} now"
     processes = batch.num_processes
-    found = cut_up(then, processes, recipe.micro_batch_size)
+    found = cut_up(then, processes, batch.micro_batch_size)
     if found is None:
         return f"{said}; {processes} processes cannot share {then} rows, launch a number of them that divides it"
     micro, accumulation = found
