@@ -13,6 +13,7 @@ from data.errors import UserError
 from data.examples import Example, Examples, sha256_of
 from loop.model.build import adapt, adapters_of, add_adapters
 from loop.model.limits import check_limits, positions_of
+from loop.model.lora import shared_inputs
 from loop.model.reach import Reach
 from loop.recipe import parse_recipe
 from tests.test_neighbours import DYNAMIC, LONG, SMALL, random_model
@@ -198,6 +199,24 @@ def test_zero3_fetches_a_layer_as_a_whole_where_a_row_passes_it_once(passes: Any
     with torch.device("meta"):
         model = Layers(passes)
     assert Reach(model).passed_once() == [model.layers[i] for i in whole]
+
+
+def test_projections_of_one_input_share_their_work() -> None:
+    """Found by calling the model; the head stands in no decoder layer, and PEFT computes its adapter."""
+    recipe = parse_recipe(["--lora.target_modules", "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, lm_head]"])[1]
+    model = add_adapters(random_model("llama").to("meta"), recipe)
+    groups = shared_inputs(model)
+    layers = [f"base_model.model.model.layers.{i}" for i in range(model.config.num_hidden_layers)]
+    assert groups == [
+        [f"{layer}.{name}" for name in names]
+        for layer in layers
+        for names in (
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            ["self_attn.o_proj"],
+            ["mlp.gate_proj", "mlp.up_proj"],
+        )
+    ]
+    assert model.get_submodule("base_model.model.lm_head").shared is None
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "nemotron_h"])

@@ -189,7 +189,9 @@ def attention(dropout: float, *groups: list[str], fused: bool = True) -> Any:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(hash_of(name)))
-    share_inputs(model.get_submodule("base_model.model"), groups)
+    grouped = {name for names in groups for name in names}
+    every = [*groups, *([name] for name in ("q", "k", "v", "o") if name not in grouped)]
+    share_inputs(model.get_submodule("base_model.model"), every)
     return model
 
 

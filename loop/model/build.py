@@ -27,7 +27,7 @@ from loop.internals.transformers_internals import keep_activations_of_last_layer
 from loop.measure.phases import measured
 from loop.model.attention import BY_ROW, attention_for
 from loop.model.head import PeftModelWithLoss
-from loop.model.lora import ADAPTER, leave_to_peft, share_inputs, shared_inputs, use_fused_lora
+from loop.model.lora import ADAPTER, share_inputs, shared_inputs, use_fused_lora
 from loop.model.opening import open_base_model, open_tokenizer
 from loop.model.operators import use_fused_operators
 from loop.model.reach import Reach
@@ -237,18 +237,16 @@ def build_model(recipe: Recipe, without_weights: PeftModelWithLoss, accelerator:
 
 def fetch_by_layers(model: PeftModelWithLoss, without_weights: PeftModelWithLoss) -> None:
     """Makes ZeRO-3 fetch and release the decoder layers that check_model found as a whole each, and not each module in
-    them by itself. Adapters elsewhere are left to PEFT, which calls every module.
+    them by itself.
 
     DeepSpeed takes the gradients in such a layer when the gradient of its input is there. The input of the first layer
     is made of frozen embeddings and needs no gradient; DeepSpeed would take the layer's gradients before they exist.
     """
-    whole = [
-        model.get_submodule(name) for name, module in without_weights.named_modules() if is_fetched_as_a_whole(module)
-    ]
-    for layer in whole:
-        fetch_as_a_whole(layer)
-        layer.register_forward_pre_hook(_require_gradient_of_input)
-    leave_to_peft(model, besides=whole)
+    for name, module in without_weights.named_modules():
+        if is_fetched_as_a_whole(module):
+            layer = model.get_submodule(name)
+            fetch_as_a_whole(layer)
+            layer.register_forward_pre_hook(_require_gradient_of_input)
 
 
 def _require_gradient_of_input(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:

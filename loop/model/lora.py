@@ -7,7 +7,7 @@ random number for every element costs more than the products) or as a mask.
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,8 +38,9 @@ class FusedLora(lora.Linear):
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT calls this when it adds an adapter."""
         super().update_layer(adapter_name, *args, **kwargs)
-        plain = list(self.lora_A) == [ADAPTER] and not self.lora_variant and self.lora_B[ADAPTER].bias is None
-        self.shared = SharedInput([self]) if plain else None
+        one = list(self.lora_A) == [ADAPTER]
+        self.is_plain = one and not self.lora_variant and self.lora_B[ADAPTER].bias is None
+        self.shared = SharedInput([self]) if self.is_plain else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[…, d_in] -> […, d_out]"""
@@ -83,12 +84,15 @@ class SharedInput:
 
 def share_inputs(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
     """Tells the layers of `model` which of them get the same input; each group has the names of its layers in the order
-    in which the model calls them."""
+    in which the model calls them. What is in no group is left to PEFT."""
+    for module in model.modules():
+        if isinstance(module, FusedLora):
+            module.shared = None
     for names in groups:
         layers = [model.get_submodule(name) for name in names]
-        fused = [layer for layer in layers if isinstance(layer, FusedLora) and layer.shared is not None]
-        shared = SharedInput(fused)
-        for layer in fused:
+        plain = [layer for layer in layers if isinstance(layer, FusedLora) and layer.is_plain]
+        shared = SharedInput(plain)
+        for layer in plain:
             layer.shared = shared
 
 
@@ -100,14 +104,6 @@ def shared_inputs(model: nn.Module) -> list[list[str]]:
             groups[module.shared].append(name)
     order: dict[nn.Module, int] = {layer: i for shared in groups for i, layer in enumerate(shared.layers)}
     return [sorted(names, key=lambda name: order[model.get_submodule(name)]) for names in groups.values()]
-
-
-def leave_to_peft(model: nn.Module, besides: Collection[nn.Module]) -> None:
-    """Leaves the computation of all adapters in `model` to PEFT, but for those in the modules `besides`."""
-    ours = {inner for module in besides for inner in module.modules()}
-    for module in model.modules():
-        if isinstance(module, FusedLora) and module not in ours:
-            module.shared = None
 
 
 def _ups(layers: Sequence[FusedLora], x: Tensor) -> tuple[Tensor, ...]:

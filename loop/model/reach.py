@@ -18,13 +18,14 @@ from loop.internals.transformers_internals import decoder_layers
 
 
 class Reach:
-    """What `base`, which lies on the meta device, calls for a row of three tokens.
+    """What `base` calls for a row of three tokens, on the meta device.
 
     Where it cannot be called there nothing is known: a model may look at the contents of its tensors.
     """
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
+        self.on_meta = base if next(base.parameters()).is_meta else deepcopy(base).to("meta")
 
     @cached_property
     def _calls(self) -> list[tuple[str, object]] | None:
@@ -33,7 +34,7 @@ class Reach:
         mask = torch.ones(1, 1, 3, 3, dtype=torch.bool, device="meta")  # transformers needs contents to make one
         for halve in (False, True):  # experts in one grouped product have to be of bf16 on this device
             for masked in ({"attention_mask": mask}, {}):  # not every model takes a mask of this shape
-                base = deepcopy(self.base).bfloat16() if halve else self.base
+                base = deepcopy(self.on_meta).bfloat16() if halve else self.on_meta
                 calls: list[tuple[str, object]] = []
                 hooks = [
                     module.register_forward_pre_hook(partial(_note, calls, name))
@@ -61,15 +62,17 @@ class Reach:
         return [name for name in named if self.called is not None and name not in self.called]
 
     def shared_inputs(self, targets: Collection[str]) -> list[list[str]]:
-        """The full names of the layers that `targets` names, those that get the same tensor together and in the order
-        in which they are called. Layers that are called more than once, or that get a tensor alone, are left out."""
-        calls = [(name, x) for name, x in self._calls or [] if name.rpartition(".")[2] in targets]
+        """The full names of the layers that `targets` names, in groups that get the same tensor, and in the order in
+        which they are called. Only those in decoder layers that a row passes once, and each called once itself."""
+        inside = {inner for layer in self.passed_once() for inner in layer.modules()}
+        named = {name for name, module in self.base.named_modules() if module in inside}
+        calls = [(name, x) for name, x in self._calls or [] if name in named and name.rpartition(".")[2] in targets]
         times = Counter(name for name, _ in calls)
         groups = defaultdict(list)
         for name, x in calls:
             if times[name] == 1 and isinstance(x, Tensor):
                 groups[id(x)].append(name)
-        return [names for names in groups.values() if len(names) > 1]
+        return list(groups.values())
 
     def passed_once(self) -> list[nn.Module]:
         """The decoder layers that a row passes exactly once, and that get its hidden states as first argument."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data.layout import MicroBatch
+from loop.internals.deepspeed_internals import is_fetched_as_a_whole
 from loop.internals.torch_internals import TorchDispatchMode, attention_replaced_by, tree_leaves
 from loop.model.build import set_checkpointing
 from loop.model.head import PeftModelWithLoss, logits_at_once
@@ -113,8 +114,21 @@ class _Live(TorchDispatchMode):
 
 
 def _record(model: torch.nn.Module, live: _Live, events: list[Event]) -> None:
-    """Makes each module write into `events` when it begins and ends, in both directions, as ZeRO-3's hooks see it."""
+    """Makes each module write into `events` when it begins and ends, in both directions, as ZeRO-3's hooks see it.
+
+    Those inside a layer that is fetched as a whole have no such hooks. Here they must not have any: PyTorch gives
+    a module with a hook on its backward pass a tensor of its own, and LoRA's layers share the work of a common one.
+    """
+    inside = {
+        inner
+        for layer in model.modules()
+        if is_fetched_as_a_whole(layer)
+        for inner in layer.modules()
+        if inner is not layer
+    }
     for name, module in model.named_modules():
+        if module in inside:
+            continue
 
         def note(kind: Literal["fetch", "release"], backward: bool, name: str = name) -> Any:
             def hook(*_: object) -> None:

@@ -8,7 +8,7 @@ results with the real engine.
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -136,7 +136,6 @@ class Gathering:
 
 def simulate_gathering(sharding: Sharding, model: Any, events: Sequence[Event]) -> Gathering:
     """Follows `events`, the modules of a step in their order, by DeepSpeed's rules of fetching ahead and releasing."""
-    events = _without_inner(model, events)
     simulation = _Coordinator(sharding, model, events)
     peak = live = 0
     for event in events:
@@ -147,21 +146,6 @@ def simulate_gathering(sharding: Sharding, model: Any, events: Sequence[Event]) 
             simulation.release(event.module, event.backward)
         live = max(live, simulation.bytes())
     return Gathering(peak, live, simulation.gathered_elements, simulation.count)
-
-
-def _without_inner(model: Any, events: Sequence[Event]) -> list[Event]:
-    """The events without those of modules inside a module that is fetched as a whole, because DeepSpeed puts no hooks
-    on them. Each event takes over the peaks of the ones before it that are left out."""
-    whole = [module for module in model.modules() if is_fetched_as_a_whole(module)]
-    inside = {id(inner) for module in whole for inner in module.modules() if inner is not module}
-    names = {name for name, module in model.named_modules() if id(module) in inside}
-    kept, peak = [], 0
-    for event in events:
-        peak = max(peak, event.peak)
-        if event.module not in names:
-            kept.append(replace(event, peak=peak))
-            peak = 0
-    return kept
 
 
 class _Coordinator:
