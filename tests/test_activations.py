@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.examples import Example
-from data.layout import collate
-from loop.model.build import adapt, set_checkpointing
+from data.layout import Layout, collate
+from loop.model.attention import BY_ROW, IN_LINE
+from loop.model.build import adapt, add_adapters, set_checkpointing, set_layout
 from loop.model.head import LinearNLL
+from loop.model.lora import share_inputs, shared_inputs
 from loop.planning.activations import measure_step
+from loop.recipe import parse_recipe
 from tests.equality import TINY
 from tests.reference_loop import TARGETS
 
@@ -108,3 +112,34 @@ def test_events_are_the_modules_in_order() -> None:
     layers = [event.module for event in planned.events if event.kind == "fetch" and event.module.endswith("mlp")]
     names = [f"base_model.model.model.layers.{i}.mlp" for i in range(4)]
     assert layers == names + names[::-1]
+
+
+@pytest.mark.parametrize("attention", [BY_ROW, IN_LINE])
+@pytest.mark.parametrize(("layout", "shared"), [("packed", 0), ("shared_prefix", 64)])
+def test_memory_of_packed_rows_grows_with_their_number_and_not_with_its_square(
+    layout: Layout, shared: int, attention: str
+) -> None:
+    """Each further pair of rows of 400 tokens adds the same; a mask over all of them would add more and more."""
+    peaks = []
+    for rows in (2, 4, 6, 8):
+        model = adapted("meta", torch.bfloat16)
+        set_layout(model.get_base_model(), layout, attention)
+        examples = [Example.of(i, [1] * shared + [2 + i] * 200, [3] * 200) for i in range(rows)]
+        peaks.append(measure_step(model, collate(examples, layout, 0), "none").peak)
+    added = [more - less for less, more in pairwise(peaks)]
+    assert added == pytest.approx([added[0]] * 3, rel=0.01)
+
+
+def test_layers_that_share_an_input_keep_it_once() -> None:
+    """What the planner measures is what trains: q, k and v keep one input after dropout and one mask, not three."""
+    recipe = parse_recipe(["--lora.target_modules", "[q_proj, k_proj, v_proj]"])[1]
+    config = AutoConfig.from_pretrained(TINY)
+    with torch.device("meta"):
+        model = add_adapters(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), recipe)
+    model.to(torch.bfloat16)
+    together = measure_step(model, BATCH, "none").saved
+    share_inputs(model, [[name] for names in shared_inputs(model) for name in names])
+    apart = measure_step(model, BATCH, "none").saved
+    saves = 2 * ROWS * TOKENS * config.hidden_size * (2 + 1)  # two inputs of two bytes and two masks
+    costs = 3 * 8 * config.hidden_size * 2  # their matrices A beside one another
+    assert apart - together == config.num_hidden_layers * (saves - costs)
