@@ -114,6 +114,10 @@ def test_models_of_other_kinds(config: Any, memory: type[Memory]) -> None:
     found = decide(recipe, data, adapted, Accelerator(cpu=True))
     assert found.checkpointing in ("none", "non_reentrant")
     assert "(auto)" in found.said["gradient checkpointing"]
+    given = replace(recipe, gradient_checkpointing="none", micro_batch_size="auto", rows_per_step=4)
+    found = decide(given, data, adapted, Accelerator(cpu=True))
+    assert found.checkpointing == "none", "what is given is obeyed, and only the rows at once are chosen"
+    assert found.rows_at_once in (1, 2, 4)
 
 
 def test_the_model_is_left_as_it_was(memory: type[Memory], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,7 @@ def _cut_up(recipe: Recipe, model: Any, work: Work, tokens: float, accelerator: 
         rows, recomputes = choose_cut(sizes, tokens, RECOMPUTING.get(said, (True,)), fits, sharding.gathers)
         taken = need(rows, False) if said == "auto" else need(rows, recomputes)
     except UserError as error:  # the same error on all ranks
-        return (sizes[-1] if auto else whole.rows_at_once), kind, f" (auto): {error}"
+        return sizes[-1], kind if said == "auto" else said, f" (auto): {error}"
     chosen = kind if recomputes else "none"
     cut = f"{rows} rows at once (auto), " if auto else ""
     what = "a step without would take" if said == "auto" else "a step takes"
