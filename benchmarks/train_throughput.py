@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.launching import CONFIGS, launch_command
-from benchmarks.train_worker import as_reference
+from benchmarks.train_worker import as_reference, rows_at_once
 from benchmarks.turns import Measured, spread, take_turns, write_results
 from benchmarks.workload import RECIPE, load_rows, write_compute_bound, write_tiny
 from data.batch import windows
@@ -77,15 +77,15 @@ def contenders() -> list[Contender]:
 
 def computed(one: Contender, folder: Path) -> Batch:
     """Counts what `one` computes in a step, padding included."""
-    examples = load_rows(folder)
+    examples, rows = load_rows(folder), rows_at_once(one.more)
     if one.kind == "trainer":
         tokens = len(as_reference(examples)[0]["input_ids"])
-        return Batch(MICRO, MICRO * tokens, MICRO * tokens, MICRO * tokens**2)
+        return Batch(rows, rows * tokens, rows * tokens, rows * tokens**2)
     if one.kind != "ours":
-        lengths = [example.length for example in examples[:MICRO]]
-        return Batch(MICRO, MICRO * max(lengths), MICRO * max(lengths), MICRO * max(lengths) ** 2)
-    layout: Any = one.more[1] if one.more else "shared_prefix"
-    window = next(windows(examples, range(MICRO), MICRO, 1, 1, 0, layout, 0))
+        longest = max(example.length for example in examples[:rows])
+        return Batch(rows, rows * longest, rows * longest, rows * longest**2)
+    layout: Any = one.more[one.more.index("--batching") + 1] if "--batching" in one.more else "shared_prefix"
+    window = next(windows(examples, range(rows), rows, 1, 1, 0, layout, 0))
     return count_computed(window.micro_batches[0])
 
 

@@ -1,6 +1,6 @@
 """Runs one contender of the training: python -m benchmarks.train_worker KIND FOLDER STEPS CHECKPOINTING [--KEY VALUE …]
 
-KIND is ours, bare, trainer, trl or trl_packing. FOLDER has a model and rows.json. A turn has STEPS steps.
+KIND is ours, bare, trainer, trl, trl_packing or trl_liger. FOLDER has a model and rows.json. A turn has STEPS steps.
 """
 
 import importlib
@@ -109,8 +109,9 @@ def bare(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> Non
             turns.after_step(loss=nll.item() / window.label_weight)
 
 
-def cost_of_step() -> dict[str, float]:
-    """Returns what this rank's steps have cost so far: collectives and their bytes a step, and the peak bytes."""
+def cost_of_step() -> dict[str, Any]:
+    """Returns what this rank's steps have cost so far: collectives and their bytes a step, the peak bytes, and the
+    seconds of each phase of a step."""
     costs = [ACCOUNT.costs[phase] for phase in STEP_PHASES if phase in ACCOUNT.costs]
     traffic = [each for cost in costs for each in cost.collectives.values()]
     steps = len(ACCOUNT.step_seconds) + 1
@@ -118,14 +119,20 @@ def cost_of_step() -> dict[str, float]:
         "collectives": sum(each.count for each in traffic) / steps,
         "collective_bytes": sum(each.bytes for each in traffic) / steps,
         "peak_bytes": max(cost.peak_bytes or 0 for cost in costs),
+        "phases": {name: ACCOUNT.costs[name].seconds / steps for name in STEP_PHASES if name in ACCOUNT.costs},
     }
 
 
-def arguments(checkpointing: str, out: str) -> dict[str, Any]:
+def rows_at_once(more: Sequence[str]) -> int:
+    """Returns the rows of a step, which are the reference's unless an option says otherwise."""
+    return int(more[more.index("--micro_batch_size") + 1]) if "--micro_batch_size" in more else 16
+
+
+def arguments(checkpointing: str, out: str, more: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of both trainers, which are those of the reference's own run."""
     return {
         "output_dir": out,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": rows_at_once(more),
         "num_train_epochs": 50,
         "learning_rate": 1e-4,
         "lr_scheduler_type": "cosine",
@@ -169,15 +176,18 @@ def trainer(folder: Path, turns: Turns, checkpointing: str, more: list[str]) -> 
     with tempfile.TemporaryDirectory() as out:
         Trainer(
             model=get_peft_model(model, lora_config()),
-            args=TrainingArguments(**arguments(checkpointing, out)),
+            args=TrainingArguments(**arguments(checkpointing, out, more)),
             train_dataset=as_reference(load_rows(folder)),
             data_collator=stacked,
             callbacks=[TakesTurns(turns)],
         ).train()
 
 
-def trl(folder: Path, turns: Turns, checkpointing: str, more: list[str], packing: bool = False) -> None:
-    """Trains with TRL's SFTTrainer; `packing` puts as many rows as a micro-batch has into one row."""
+def trl(
+    folder: Path, turns: Turns, checkpointing: str, more: list[str], packing: bool = False, liger: bool = False
+) -> None:
+    """Trains with TRL's SFTTrainer; `packing` puts as many rows as a micro-batch has into one row, and `liger` takes
+    the kernels of the package liger-kernel."""
     library: Any = importlib.import_module("trl")  # it comes with the extra `bench`, which not everybody installs
     datasets: Any = importlib.import_module("datasets")
     rows = [
@@ -191,14 +201,15 @@ def trl(folder: Path, turns: Turns, checkpointing: str, more: list[str], packing
     how: dict[str, Any] = {
         "completion_only_loss": True,
         "packing": packing,
-        "max_length": 16 * longest if packing else longest,
+        "max_length": rows_at_once(more) * longest if packing else longest,
+        "use_liger_kernel": liger,
     }
     if packing:  # the one row of a micro-batch holds 16 of ours
         how["per_device_train_batch_size"] = 1
     with tempfile.TemporaryDirectory() as out:
         library.SFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
-            args=library.SFTConfig(**(arguments(checkpointing, out) | how)),
+            args=library.SFTConfig(**(arguments(checkpointing, out, more) | how)),
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(folder),
             peft_config=lora_config(),
@@ -206,7 +217,14 @@ def trl(folder: Path, turns: Turns, checkpointing: str, more: list[str], packing
         ).train()
 
 
-KINDS = {"ours": ours, "bare": bare, "trainer": trainer, "trl": trl, "trl_packing": partial(trl, packing=True)}
+KINDS = {
+    "ours": ours,
+    "bare": bare,
+    "trainer": trainer,
+    "trl": trl,
+    "trl_packing": partial(trl, packing=True),
+    "trl_liger": partial(trl, liger=True),
+}
 
 
 def main(argv: list[str]) -> None:

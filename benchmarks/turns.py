@@ -3,6 +3,7 @@
 So whatever else the machine does slows all contenders alike, and figures of one call can be compared.
 """
 
+import importlib
 import json
 import os
 import statistics
@@ -40,7 +41,7 @@ class Turns:
 
     def __init__(self, steps: int) -> None:
         self.connection = Client(os.environ[ADDRESS], family="AF_UNIX")
-        self.steps, self.left, self.begun = steps, 0, 0.0
+        self.steps, self.left, self.begun, self.joules = steps, 0, 0.0, 0.0
         self.notes: dict[str, Any] = {}
 
     def before_step(self) -> None:
@@ -54,11 +55,24 @@ class Turns:
             if self.connection.recv() == "stop":
                 sys.stdout.flush()
                 os._exit(0)
-            self.begun, self.left = time.perf_counter(), self.steps
+            self.begun, self.left, self.joules = time.perf_counter(), self.steps, joules_of_gpu()
 
     def after_step(self, **notes: Any) -> None:
         """Counts the step; `notes` is what the contender says when the turn is over."""
         self.left, self.notes = self.left - 1, notes
+        if self.left == 0:  # the driver updates its counter every few milliseconds
+            self.notes["joules"] = joules_of_gpu() - self.joules
+
+
+def joules_of_gpu() -> float:
+    """Returns the energy that the first GPU has taken since its driver was loaded, where NVML (package nvidia-ml-py)
+    tells it, and 0 elsewhere."""
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(nvml.nvmlDeviceGetHandleByIndex(0))) / 1000
+    except Exception:  # no package, no GPU, or a driver that does not count
+        return 0.0
 
 
 def take_turns(
