@@ -61,6 +61,16 @@ def test_yaml_against_recipe(monkeypatch: pytest.MonkeyPatch, said: dict[str, st
     assert all(part in str(error.value) for part in both)
 
 
+def test_a_yaml_that_cuts_the_batch_up_contradicts_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        UserError, match="the accelerate YAML says gradient_accumulation_steps: 1.0, but the recipe's mic"
+    ):
+        config(monkeypatch, "--micro_batch_size", "auto", GRADIENT_ACCUMULATION_STEPS="1")
+    monkeypatch.delenv(PREFIX + "GRADIENT_ACCUMULATION_STEPS")
+    got = config(monkeypatch, "--micro_batch_size", "auto")
+    assert (got["train_micro_batch_size_per_gpu"], got["train_batch_size"]) == (16, 32), "the whole share, for now"
+
+
 def test_yaml_that_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     got = config(monkeypatch, GRADIENT_ACCUMULATION_STEPS="1", GRADIENT_CLIPPING="1.0")
     assert (got["gradient_accumulation_steps"], got["gradient_clipping"]) == (1, 1.0)

@@ -106,6 +106,13 @@ def _check_zero(zero: dict[str, Any], where: str) -> None:
 
 def _fill_from_recipe(config: dict[str, Any], recipe: Recipe, num_processes: int, where: str) -> None:
     """Writes the recipe's numbers into `config`. Raises UserError where `config` has other numbers already."""
+    if recipe.micro_batch_size == "auto":
+        for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu"):
+            if config.get(key, "auto") != "auto":
+                raise UserError(
+                    f"{where} says {key}: {config[key]}, but the recipe's micro_batch_size is auto, which decides it. "
+                    f"Remove {key} there, or give a number as --micro_batch_size."
+                )
     recipe = in_numbers(recipe, num_processes)
     per_device, accumulation = recipe.rows_at_once, recipe.grad_accum_steps
     owned: dict[str, tuple[float, str]] = {
