@@ -63,7 +63,7 @@ def test_yaml_against_recipe(monkeypatch: pytest.MonkeyPatch, said: dict[str, st
 
 def test_a_yaml_that_cuts_the_batch_up_contradicts_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        UserError, match="the accelerate YAML says gradient_accumulation_steps: 1.0, but the recipe's mic"
+        UserError, match=r"gradient_accumulation_steps: 1\.0, but the recipe.s micro_batch_size is auto"
     ):
         config(monkeypatch, "--micro_batch_size", "auto", GRADIENT_ACCUMULATION_STEPS="1")
     monkeypatch.delenv(PREFIX + "GRADIENT_ACCUMULATION_STEPS")
