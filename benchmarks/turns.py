@@ -60,8 +60,8 @@ class Turns:
     def after_step(self, **notes: Any) -> None:
         """Counts the step; `notes` is what the contender says when the turn is over."""
         self.left, self.notes = self.left - 1, notes
-        if self.left == 0:  # the driver updates its counter every few milliseconds
-            self.notes["joules"] = joules_of_gpu() - self.joules
+        if self.left == 0 and (joules := joules_of_gpu() - self.joules):
+            self.notes["joules"] = joules
 
 
 def joules_of_gpu() -> float:
