@@ -161,8 +161,8 @@ def test_asks_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Card)
     monkeypatch.setattr("loop.planning.decisions.largest_of_ranks", lambda value, accelerator: value)
-    monkeypatch.setattr("loop.planning.decisions.attention_for", lambda *_: BY_ROW)
-    monkeypatch.setattr("loop.planning.decisions.use_fused_operators", lambda _: None)
+    monkeypatch.setattr("loop.model.build.attention_for", lambda *_: BY_ROW)
+    monkeypatch.setattr("loop.model.build.use_fused_operators", lambda _: None)
     data, model = Data(unequal_rows(), [], 0), add_adapters(base(), RECIPE)
     accelerator: Any = OnGpu()
     assert decide(RECIPE, data, model, accelerator).checkpointing == "none"

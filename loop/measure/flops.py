@@ -81,6 +81,12 @@ class MatrixProducts:
         return self.model_flops(batch) + recomputes * all_layers * (self.layers - 1) // self.layers
 
 
+def head_size_of(config: Any) -> int:
+    """The size of an attention head; not every text configuration names it."""
+    named: int | None = getattr(config, "head_dim", None)
+    return named or config.hidden_size // config.num_attention_heads
+
+
 def matrix_products(model: Any) -> MatrixProducts:
     """The sizes of a PeftModel, whose weights may lie on the meta device or be partitioned by ZeRO-3."""
     head = model.get_output_embeddings()
@@ -89,11 +95,10 @@ def matrix_products(model: Any) -> MatrixProducts:
         if isinstance(module, torch.nn.Linear) and module is not head:
             sizes[module.weight.requires_grad] += numel_of(module.weight)
     config = model.config.get_text_config()
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return MatrixProducts(
         base=sizes[False],
         adapters=sizes[True],
         head=numel_of(head.weight),
-        attention=config.num_hidden_layers * config.num_attention_heads * head_size,
+        attention=config.num_hidden_layers * config.num_attention_heads * head_size_of(config),
         layers=config.num_hidden_layers,
     )

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from data.examples import Example
 from data.layout import Apart, collate
 from loop.internals.transformers_internals import carries_state
+from loop.measure.flops import head_size_of
 
 BY_ROW = "sdpa_by_row"  # the name of this attention in transformers and in a model's configuration
 IN_LINE = "in_line"  # the same
@@ -97,9 +98,8 @@ def attention_for(base: Any, device: torch.device) -> str:
     with the model's numbers of heads, their size and its dtype."""
     config = base.config.get_text_config()
     heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    works = device.type == "cuda" and works_in_line(heads, key_heads, size, base.dtype, device)
+    works = device.type == "cuda" and works_in_line(heads, key_heads, head_size_of(config), base.dtype, device)
     return IN_LINE if works else BY_ROW
 
 

@@ -219,9 +219,7 @@ def build_model(recipe: Recipe, without_weights: PeftModelWithLoss, accelerator:
     """
     base = _open_model(recipe, dtype=WEIGHT_DTYPES[mixed_precision(accelerator)])
     base.config.use_cache = False  # training needs no cache of keys and values
-    set_layout(base, recipe.batching, attention_for(base, accelerator.device))
-    if accelerator.device.type == "cuda":
-        use_fused_operators(base)
+    suit_device(base, recipe.batching, accelerator.device)
     set_seed(recipe.seed)  # after loading, so that the initial adapters do not depend on how the base was loaded
     # Under DeepSpeed the adapters have the base's dtype at every stage, and the optimizer holds fp32 masters.
     # Without DeepSpeed there are no masters, so the adapters themselves are fp32.
@@ -253,6 +251,13 @@ def _require_gradient_of_input(_: torch.nn.Module, arguments: tuple[Any, ...]) -
     """A hook for a layer's forward pass."""
     if not arguments[0].requires_grad:
         arguments[0].requires_grad_(True)
+
+
+def suit_device(base: Any, layout: str, device: torch.device) -> None:
+    """Gives the model the attention that `layout` needs, and on a GPU fused operators."""
+    set_layout(base, layout, attention_for(base, device))
+    if device.type == "cuda":
+        use_fused_operators(base)
 
 
 def set_layout(base: Any, layout: str, attention: str = BY_ROW) -> None:

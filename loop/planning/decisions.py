@@ -19,10 +19,9 @@ from loop.engine.deepspeed_config import size_buckets_for_lora
 from loop.internals.deepspeed_internals import order_of_modules_forgotten
 from loop.measure.memory import free_host_memory
 from loop.model.attention import attention_for
-from loop.model.build import WEIGHT_DTYPES, Data, set_layout
+from loop.model.build import WEIGHT_DTYPES, Data, set_layout, suit_device
 from loop.model.limits import check_limits
 from loop.model.neighbours import TOLERANCES, largest_gap, losses_alone, losses_among_others, rows_to_try
-from loop.model.operators import use_fused_operators
 from loop.planning.batching import LAYOUTS, choose_layout
 from loop.planning.cutting import RECOMPUTING, choose_cut, possible_sizes
 from loop.planning.estimate import COMFORT, CUDA_CONTEXT, Subject, Work, peak_of_step
@@ -139,11 +138,8 @@ def _cut_up(recipe: Recipe, model: Any, work: Work, tokens: float, accelerator: 
     """
     precision, whole = mixed_precision(accelerator), in_numbers(recipe, accelerator.num_processes)
     model = deepcopy(model).to(WEIGHT_DTYPES[precision])  # on the meta device, so the copy holds no weights
-    base = model.get_base_model()
-    set_layout(base, work.layout, attention_for(base, accelerator.device))
+    suit_device(model.get_base_model(), work.layout, accelerator.device)
     on_gpu = accelerator.device.type == "cuda"
-    if on_gpu:
-        use_fused_operators(base)
     sharding = _sharding(recipe, model, precision, accelerator)
     subject = Subject(whole, model, work)
 
