@@ -185,7 +185,7 @@ from transformers import AutoTokenizer
 
 def work(batch, reading):
     if batch[0][0] > 1:  # in a process of its own
-        print(os.getpid(), flush=True)
+        os.write(1, f"{os.getpid()}\\n".encode())  # one write: print may write the end of the line by itself
         time.sleep(600)
     return real(batch, reading)
 
@@ -201,9 +201,12 @@ def test_a_kill_leaves_no_process_behind(victim: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, file, str(TINY)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        workers = [int(process.stdout.readline()) for _ in range(2)]
-        os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
-        said = process.communicate(timeout=60)[1]
+        try:
+            workers = [int(process.stdout.readline()) for _ in range(2)]
+            os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()  # a test that fails does not wait for a process that sleeps
     if victim == "worker":
         assert "a process that tokenizes rows was ended from outside" in said
     deadline = time.monotonic() + 60
