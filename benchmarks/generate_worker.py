@@ -14,8 +14,9 @@ import torch
 
 from benchmarks.turns import Turns
 from benchmarks.workload import load_rows
+from eval.answers.decode import decode
 from eval.answers.generate import load_model
-from eval.answers.greedy import decode
+from eval.answers.settings import Choice, Settings
 
 END, PAD, BATCH = 2, 0, 16
 
@@ -45,7 +46,7 @@ def by_generate(model: Any, prompts: Answers, most: int, batch_size: int) -> Ans
 
 def ours(model: Any, prompts: Answers, most: int) -> Answers:
     """Answers `prompts` as the evaluation does."""
-    return decode(model, prompts, None, most, {END})
+    return list(decode(model, prompts, None, Choice(Settings(most)), {END}))
 
 
 KINDS: dict[str, Callable[[Any, Answers, int], Answers]] = {

@@ -1,202 +1,49 @@
 """Asks the base model and the fine-tuned model and judges their answers: `python -m eval.run --run runs/…`.
 
-This command prints the reference's table with our columns in it. It writes eval.json and answers.jsonl into the run
-folder and draws the run's report.html again.
+This command prints a table of accuracies and costs, and says whether the two models differ. It writes eval.json and
+answers.jsonl into the run folder and draws the run's report.html again.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from peft import PeftModel
-from safetensors.torch import load_file
-from tqdm import tqdm
 
-from data.chat import prompt_ids
-from data.conversation import Row
 from data.errors import UserError
-from data.examples import Example
-from data.rows import Problems, read_rows
-from eval.answers.generate import generate, load_model, timed
-from eval.answers.vllm_backend import ask_vllm, check_vllm
-from eval.check import Verdict, check_answer, check_exact, number_asked
-from eval.files import user_error
-from eval.reference import PUBLISHED_ANSWERS
-from eval.reporting.markdown import markdown_table
-from loop.engine.optimizer_state import trainable_parameters
-from loop.guard.process import RunError, end_process, exit_codes
-from loop.measure.memory import memory_in_use, peak_memory
-from loop.model.build import build_template, build_tokenizer, check_model
-from loop.model.limits import check_limits
-from loop.recipe import ROOT, Recipe, find_model, find_path, parse_recipe
-from loop.saving.checkpoint import ADAPTER, first_difference, names_in_files
-from loop.saving.content import INPUTS, model_sha256
+from eval.answers.ask import Question, ask_everywhere
+from eval.answers.vllm_backend import check_vllm
+from eval.judging.judges import JUDGES, Judge
+from eval.judging.scores import (
+    Comparison,
+    Judged,
+    Score,
+    answer_lines,
+    compare_models,
+    judge_all,
+    score_of,
+    scores_as_json,
+)
+from eval.judging.table import table
+from eval.questions import BASE, TUNED, Examination, examination
+from loop.guard.process import end_process, exit_codes
 from loop.saving.run_folder import write_json
 
-JUDGES: dict[str, Callable[[Row, str], Verdict]] = {
-    "sums": lambda row, answer: check_answer(number_asked(row.question), answer),
-    "exact": lambda row, answer: check_exact(row.answer, answer),
-}
 SHOWN_ANSWERS = 3  # answers of each model that are printed
 
 
 @dataclass(frozen=True)
-class Question:
-    """Says what one worker process has to do: which model to ask, how, and with which rows."""
+class Results:
+    """Holds what an evaluation has found, by the labels of the models."""
 
-    label: str  # base or tuned
-    recipe: Recipe
-    adapter: Path | None
-    merge: bool
-    rows: list[Row]
-    batch_size: int | None  # None stands for as many prompts as fit into memory
-    max_new_tokens: int
-    backend: str = "transformers"
-    verify: int = 0  # the first so many rows are asked once more, one at a time
-    judge: str = "sums"
-
-
-@dataclass(frozen=True)
-class Score:
-    """Holds the result of one model, as eval.json has it."""
-
-    accuracy: float  # share of all rows whose answer has the prefix and a + b = x
-    prefix_rate: float  # share of all rows whose answer has the prefix
-    seconds: float  # time to generate all answers, without loading the model
-    tokens_per_second: float  # generated tokens, end tokens included
-    peak_load_bytes: int | None  # GPU memory, or resident host memory without a GPU; None if not known
-    peak_inference_bytes: int | None  # memory beyond what the loaded model takes
-    verified: int = 0  # number of rows that were asked once more, one at a time
-    different: int = 0  # number of these rows whose second answer differs
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Holds the answers of one process to its share of the rows, and what they cost."""
-
-    answers: list[str]
-    num_tokens: int
-    seconds: float
-    peak_load: int | None
-    peak_inference: int | None
-    different: int = 0  # number of the first `verify` rows that get another answer when asked one at a time
-
-
-def ask(question: Question) -> Asked:
-    """Asks one model its rows. This function runs in a worker process."""
-    if question.backend == "vllm":
-        answers, num_tokens, seconds = ask_vllm(question)
-        return Asked(answers, num_tokens, seconds, None, None)
-    if torch.cuda.is_available():
-        # peak_memory() and timed() look at the current GPU.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    peak_memory()  # the peak counts from here on
-    recipe, tokenizer = question.recipe, build_tokenizer(question.recipe)
-    name = find_model(recipe.model.name_or_path)
-    model = load_model(name, question.adapter, question.merge, recipe.model.trust_remote_code)
-    peak_load = peak_memory()
-    template = build_template(recipe, tokenizer)
-    prompts = [prompt_ids(row, template) for row in question.rows]
-    stops = template.stop_tokens(model.generation_config)
-    peak_memory()  # the peak counts from here on
-    held = memory_in_use()
-    with tqdm(total=len(prompts), desc=question.label, unit="prompt", disable=not sys.stderr.isatty()) as bar:
-        (answers, num_tokens), seconds = timed(
-            lambda: generate(
-                model, tokenizer, prompts, stops, question.batch_size, question.max_new_tokens, progress=bar.update
-            )
-        )
-    peak = peak_memory()
-    peak_inference = peak - held if peak is not None and held is not None else None
-    alone = [
-        generate(model, tokenizer, [p], stops, 1, question.max_new_tokens)[0][0] for p in prompts[: question.verify]
-    ]
-    different = sum(a != b for a, b in zip(alone, answers[: question.verify], strict=True))
-    return Asked(answers, num_tokens, seconds, peak_load, peak_inference, different)
-
-
-def ask_everywhere(question: Question) -> Asked:
-    """Asks all rows: each rank asks its share, in a fresh worker process, and gets the answers of all ranks.
-
-    The worker is fresh so that the memory of one model does not count for the next. Every rank has to call this
-    function.
-    """
-    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    share = replace(question, rows=question.rows[rank::ranks], verify=len(range(rank, question.verify, ranks)))
-    mine: Asked | Exception
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            mine = pool.submit(ask, share).result() if share.rows else Asked([], 0, 0.0, None, None)
-    except Exception as error:  # the other ranks would wait for this rank
-        mine = error
-    everyone: list[Asked] = []
-    for number, each in enumerate(gather_object([mine]) if ranks > 1 else [mine]):  # a collective
-        if isinstance(each, Exception):
-            raise each if number == rank else RunError(f"rank {number} could not answer: {each}")
-        everyone.append(each)
-    answers = [""] * len(question.rows)
-    for number, each in enumerate(everyone):
-        answers[number::ranks] = each.answers
-    return Asked(
-        answers,
-        sum(each.num_tokens for each in everyone),
-        max(each.seconds for each in everyone),
-        max((each.peak_load for each in everyone if each.peak_load is not None), default=None),
-        max((each.peak_inference for each in everyone if each.peak_inference is not None), default=None),
-        sum(each.different for each in everyone),
-    )
-
-
-def evaluate(question: Question) -> tuple[Score, list[tuple[Row, str, Verdict]]]:
-    """Asks all rows and judges the answers. Every rank has to call this function."""
-    asked = ask_everywhere(question)
-    judge = JUDGES[question.judge]
-    judged = [(row, answer, judge(row, answer)) for row, answer in zip(question.rows, asked.answers, strict=True)]
-    score = Score(
-        accuracy=sum(verdict.right for _, _, verdict in judged) / len(judged),
-        prefix_rate=sum(verdict.prefix for _, _, verdict in judged) / len(judged),
-        seconds=asked.seconds,
-        tokens_per_second=asked.num_tokens / asked.seconds,
-        peak_load_bytes=asked.peak_load,
-        peak_inference_bytes=asked.peak_inference,
-        verified=min(question.verify, len(question.rows)),
-        different=asked.different,
-    )
-    return score, judged
-
-
-def table(scores: dict[str, Score], num_rows: int, batch_size: int | None, judge: str = "sums") -> str:
-    """Returns our results as a Markdown table; in the reference's task beside those of the reference."""
-    ours = f"{num_rows}, {batch_size or 'what fits'}"
-    published = PUBLISHED_ANSWERS if judge == "sums" else {}
-    columns: list[dict[str, Any]] = [*published.values(), *(asdict(score) for score in scores.values())]
-    rows = [
-        ("prompts, batch size", ["20, 1"] * len(published) + [ours] * len(scores)),
-        ("accuracy", [f"{c['accuracy']:.3f}" for c in columns]),
-        ("prefix right", [f"{c['prefix_rate']:.3f}" if "prefix_rate" in c else "–" for c in columns]),
-        ("seconds", [f"{c['seconds']:.2f}" for c in columns]),
-        ("tokens a second", [f"{c['tokens_per_second']:.1f}" for c in columns]),
-        ("peak memory, loading, MB", [_megabytes(c["peak_load_bytes"]) for c in columns]),
-        ("peak memory, inference beyond that, MB", [_megabytes(c["peak_inference_bytes"]) for c in columns]),
-    ]
-    if judge != "sums":
-        rows = [row for row in rows if row[0] != "prefix right"]
-    names = [f"reference, {label}" for label in published] + [f"ours, {label}" for label in scores]
-    return markdown_table(["", *names], [[name, *cells] for name, cells in rows])
-
-
-def _megabytes(size: int | None) -> str:
-    return "–" if size is None else f"{size / 1e6:,.1f}"
+    asked: Mapping[str, Any]  # what was asked, and how
+    judged: dict[str, list[Judged]]
+    scores: dict[str, Score]
+    comparisons: dict[str, Comparison]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -209,117 +56,130 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--model.name_or_path", dest="model", metavar="PATH", help="where the base model lies now, if it was moved"
     )
     parser.add_argument("--adapter-only", action="store_true", help="with --run: ask the fine-tuned model alone")
-    parser.add_argument("--data", default=str(ROOT / "data/math/math_eval_200.json"), help="rows to ask")
+    parser.add_argument("--checkpoints", choices=("all",), help="with --run: ask each checkpoint of the run too")
+    parser.add_argument("--data", help="rows to ask (default: the recipe's eval.data, or its validation file)")
     parser.add_argument(
-        "--judge", choices=tuple(JUDGES), default="sums", help="sums: the reference task; exact: the row's own answer"
+        "--judge",
+        nargs="+",
+        metavar="NAME",
+        help=f"the most important first: {', '.join(JUDGES)}, or FILE.py:FUNCTION (default: the recipe's eval.judge)",
     )
     parser.add_argument("--limit", type=int, help="ask only the first so many rows")
-    parser.add_argument("--batch-size", type=int, help="prompts generated at once (default: what fits into memory)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens after which an answer is cut off")
+    parser.add_argument("--batch-size", type=int, help="answers generated at once (default: what fits into memory)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="tokens after which an answer is cut off (default: the recipe's, or twice the longest of the rows' own)",
+    )
+    parser.add_argument("--system", help="system prompt in the place of the recipe's and the rows' own; '' for none")
+    parser.add_argument("--temperature", type=float, default=0.0, help="draw tokens at this temperature (default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this probability")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among so many of the likeliest tokens")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the drawing")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each question: pass@k and the majority's")
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts at which an answer ends")
     parser.add_argument("--no-merge", action="store_true", help="keep the adapter beside the weights")
     parser.add_argument("--verify", type=int, default=0, help="ask the first so many again, one at a time, and compare")
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers", help="what generates")
     args = parser.parse_args(argv)
     if args.backend == "vllm":
         check_vllm(args.verify, args.no_merge)
-    if args.adapter_only and not args.run:
-        raise UserError("--adapter-only goes with --run, the folder of a training: a recipe alone has no adapter.")
-    for name in ("limit", "batch_size", "max_new_tokens"):
+    for option in ("adapter_only", "checkpoints"):
+        if getattr(args, option) and not args.run:
+            raise UserError(
+                f"--{option.replace('_', '-')} goes with --run, the folder of a training: a recipe has no adapter."
+            )
+    for name in ("limit", "batch_size", "max_new_tokens", "samples"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}, but has to be at least 1.")
+    rules = (
+        ("temperature", 0 <= args.temperature < 100, "at least 0 and below 100"),
+        ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("top_k", args.top_k >= 0, "at least 0"),
+        ("seed", args.seed >= 0, "at least 0"),
+        ("verify", args.verify >= 0, "at least 0"),
+        ("stop", all(args.stop), "texts that are not empty"),
+    )
+    for name, ok, rule in rules:
+        if not ok:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but has to be {rule}.")
+    if not args.temperature and (args.samples > 1 or args.top_p < 1 or args.top_k):
+        raise UserError("--samples, --top-p and --top-k need --temperature above 0: without it all answers are alike.")
     return args
 
 
-def questions(args: argparse.Namespace) -> list[Question]:
-    """Returns one question for each model to ask. Raises UserError when the run, recipe, model or rows are missing."""
-    if args.run:
-        for file in ("recipe.yaml", "adapter/adapter_config.json", f"adapter/{ADAPTER}"):
-            if not (args.run / file).is_file():
-                raise UserError(f"--run {args.run}: no {file} in there. Give the folder of a finished training.")
-    options = ["--config", str(args.run / "recipe.yaml" if args.run else args.config)]
-    if args.model:
-        options += ["--model.name_or_path", args.model]
-    recipe = parse_recipe(options)[1]
-    path = find_path(args.data)
-    rows = read_rows(path, recipe.data.columns)[: args.limit]
-    problems = Problems()
-    for row in rows if args.judge == "sums" else ():
-        problem = _not_a_question(row)
-        problems.add(f"row {row.number}: {problem}" if problem else None)
-    problems.fail(path)
-    adapters: dict[str, Path | None] = {} if args.adapter_only else {"base": None}
-    adapted = check_model(recipe)  # a bad recipe fails here rather than in a worker
-    _check_prompts(adapted.get_base_model(), rows, recipe, args.max_new_tokens)
-    if args.run:
-        _check_content(args.run / INPUTS, recipe)
-        adapters["tuned"] = args.run / "adapter"
-        _check_adapter(args.run / "adapter" / ADAPTER, adapted)
-    return [
-        Question(
-            label=label,
-            recipe=recipe,
-            adapter=adapter,
-            merge=not args.no_merge,
-            rows=rows,
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
-            backend=args.backend,
-            verify=args.verify,
-            judge=args.judge,
-        )
-        for label, adapter in adapters.items()
-    ]
+def evaluate(examined: Examination, main_process: bool) -> Results:
+    """Asks all models, and judges their answers on the main process. Every rank has to call this function."""
+    judged: dict[str, list[Judged]] = {}
+    scores: dict[str, Score] = {}
+    for question in examined.questions:
+        if main_process:
+            print(f"asking the {question.label} model {len(question.rows)} questions …", flush=True)
+        asked = ask_everywhere(question)
+        if main_process:
+            judged[question.label] = judge_all(question.rows, asked, examined.judges)
+            scores[question.label] = score_of(judged[question.label], asked, question.verify)
+            if examined.judges:
+                show_judged(judged[question.label])
+    both = BASE in judged and TUNED in judged
+    return Results(
+        asked_as_json(examined.data, examined.questions[0], examined.judges),
+        judged,
+        scores,
+        compare_models(judged[BASE], judged[TUNED]) if both else {},
+    )
 
 
-def _check_prompts(base: Any, rows: Sequence[Row], recipe: Recipe, max_new_tokens: int) -> None:
-    """Raises UserError where a prompt has a token that the model does not know, or is too long with its answer."""
-    template = build_template(recipe, build_tokenizer(recipe))
-    prompts = [prompt_ids(row, template) for row in rows]
-    # The first token stands for each of the answer's.
-    examples = [Example.of(row.number, ids, ids[:1] * max_new_tokens) for row, ids in zip(rows, prompts, strict=True)]
-    if warning := check_limits(base, [examples]):
-        print(f"warning: {warning}.", flush=True)
+def asked_as_json(data: str, question: Question, judges: Sequence[Judge]) -> dict[str, Any]:
+    """Returns what was asked, and how."""
+    return {
+        "data": data,
+        "num_questions": len(question.rows),
+        "judges": [judge.name for judge in judges],
+        "backend": question.backend,
+        "system_prompt": question.recipe.data.system_prompt,
+        **asdict(question.settings),
+    }
 
 
-def _check_content(file: Path, recipe: Recipe) -> None:
-    """Raises UserError where the recipe's model is not the one that the run has trained; `file` is its inputs.json."""
-    if not file.is_file():  # a run of an older version
-        return
-    with user_error(f"{file}: cannot be read", "Copy it anew.", (ValueError, KeyError, TypeError, OSError)):
-        then = json.loads(file.read_text(encoding="utf-8"))["model_sha256"]
-    if then != model_sha256(recipe):
-        raise UserError(
-            f"model.name_or_path {recipe.model.name_or_path}: its content is not that of the model that the run has "
-            "trained. Name the right one with --model.name_or_path."
-        )
+def show_judged(judged: Sequence[Judged]) -> None:
+    """Prints the first few answers of a model with the first judge's verdict."""
+    for row in judged[:SHOWN_ANSWERS]:
+        verdict = next(iter(row.verdicts.values()))[0]
+        print(f"  {row.row.question}  {row.answers[0].text!r}  {verdict.reason or 'right'}")
 
 
-def _check_adapter(file: Path, model: PeftModel) -> None:
-    """Raises UserError for the adapter of another model. PEFT would only warn, and the answers would be the base's."""
-    # The kind is Exception because safetensors raises an exception type of its own.
-    with user_error(f"{file}: cannot be read", "Copy it anew, or train once more.", (Exception,)):
-        found = {name: tensor.shape for name, tensor in load_file(file).items()}
-    expected = {name: tensor.shape for name, tensor in names_in_files(model, trainable_parameters(model)).items()}
-    if other := first_difference(found, expected):
-        raise UserError(f"{file}: is not of the model and the recipe of this run, first in {other}. Train once more.")
+def show_side_by_side(judged: Mapping[str, Sequence[Judged]]) -> None:
+    """Prints the first few questions with the answer of each model, where no judge says which is right."""
+    for rows in list(zip(*judged.values(), strict=True))[:SHOWN_ANSWERS]:
+        print(f"\n  {rows[0].row.question}")
+        for label, row in zip(judged, rows, strict=True):
+            print(f"    {label}: {row.answers[0].text!r}")
 
 
-def _not_a_question(row: Row) -> str | None:
-    """Says why a row is no question of the reference task; returns None for a question."""
-    try:
-        number_asked(row.question)
-    except UserError as error:
-        return str(error)
-    return None
+def show(results: Results, batch_size: int | None) -> None:
+    """Prints the results."""
+    if not results.asked["judges"]:
+        show_side_by_side(results.judged)
+    print(f"\n{table(results.scores, results.asked, batch_size)}")
+    for judge, comparison in results.comparisons.items():
+        print(comparison.sentence(judge))
+    for label, score in results.scores.items():
+        if score.verified:
+            print(f"{label}: {score.different} of {score.verified} answers differ from those asked for one at a time")
+        if score.cut_off:
+            most = results.asked["max_new_tokens"]
+            print(
+                f"{label}: {score.cut_off} answers were cut off after {most} tokens; --max-new-tokens gives them more"
+            )
 
 
-def write_results(run_dir: Path, scores: dict[str, Score], lines: Sequence[str]) -> None:
-    """Writes the evaluation into the run folder and draws the run's report, which shows the evaluation.
-
-    `lines` are the lines of answers.jsonl.
-    """
-    (run_dir / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
-    write_json(run_dir / "eval.json", {label: asdict(score) for label, score in scores.items()})
+def write_results(run_dir: Path, results: Results) -> None:
+    """Writes the evaluation into the run folder and draws the run's report, which shows the evaluation."""
+    lines = [line for label, judged in results.judged.items() for line in answer_lines(label, judged)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (run_dir / "answers.jsonl").write_text(text, encoding="utf-8", errors="replace")
+    write_json(run_dir / "eval.json", scores_as_json(results.asked, results.scores, results.comparisons))
     print(f"\nevery answer: {run_dir / 'answers.jsonl'}\nrun folder: {run_dir}")
     try:
         # The import stands here because the workers import this file too: matplotlib would add to their peak memory.
@@ -335,29 +195,19 @@ def write_results(run_dir: Path, scores: dict[str, Score], lines: Sequence[str])
 @exit_codes()
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
-    to_ask = questions(args)
     main_process = os.environ.get("RANK", "0") == "0"
+    examined = examination(args)
+    if main_process:
+        for warning in examined.warnings:
+            print(f"warning: {warning}", flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=True)  # these processes exchange only text; their workers use the GPUs
-    scores: dict[str, Score] = {}
-    lines = []
-    for question in to_ask:
-        if main_process:
-            print(f"asking the {question.label} model {len(question.rows)} questions …", flush=True)
-        scores[question.label], judged = evaluate(question)
-        for number, (row, answer, verdict) in enumerate(judged):
-            line = {"model": question.label, "instruction": row.question, "answer": answer, **asdict(verdict)}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-            if main_process and number < SHOWN_ANSWERS:
-                print(f"  {row.question}  {answer!r}  {verdict.reason or 'right'}")
+    results = evaluate(examined, main_process)
     if not main_process:
         return
-    print(f"\n{table(scores, len(to_ask[0].rows), args.batch_size, args.judge)}")
-    for label, score in scores.items():
-        if score.verified:
-            print(f"{label}: {score.different} of {score.verified} answers differ from those asked for one at a time")
+    show(results, args.batch_size)
     if args.run:
-        write_results(args.run, scores, lines)
+        write_results(args.run, results)
 
 
 if __name__ == "__main__":

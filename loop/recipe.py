@@ -94,11 +94,25 @@ class OptimRecipe:
 
 
 @dataclass(frozen=True)
+class EvalRecipe:
+    """What python -m eval.run asks and how it judges, where its options do not say otherwise."""
+
+    data: str | None = None
+    """File, folder or data set whose rows are asked; null for the validation file."""
+    judge: tuple[str, ...] = ()
+    """Judges of the answers, the most important first: sums, exact, contains, number, choice, json, regex, tool_call,
+    or FILE.py:FUNCTION (docs/evaluating.md)."""
+    max_new_tokens: int | None = None
+    """Tokens after which an answer is cut off; null for twice those of the longest answer of the rows, at least 64."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     model: ModelRecipe
     data: DataRecipe
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     optim: OptimRecipe = field(default_factory=OptimRecipe)
+    eval: EvalRecipe = field(default_factory=EvalRecipe)
     epochs: int = 1
     """Passes over the training rows."""
     micro_batch_size: int | Literal["auto"] = 16
@@ -155,6 +169,8 @@ RUN_OPTIONS = frozenset(
         *("batching", "gradient_checkpointing", "model.attn_implementation"),
         # where model and rows lie: the contents of the files are compared
         *("model.name_or_path", "model.trust_remote_code", "data.train_file"),
+        # what is asked of the model afterwards
+        *("eval.data", "eval.judge", "eval.max_new_tokens"),
         # which rows are refused, and not how a row is read
         "data.max_length",
     }
@@ -188,7 +204,7 @@ def parse_recipe(argv: Sequence[str]) -> tuple[str, Recipe]:
         parsed = parser.parse_args(list(argv))
     except ArgumentError as error:
         raise UserError(f"{error}\nAll keys, with units: python loop/train.py --help") from error
-    for key in ("model", "data", "lora", "optim"):
+    for key in ("model", "data", "lora", "optim", "eval"):
         if not isinstance(parsed[key], Namespace):
             raise UserError(f"{key} is {parsed[key]!r}, but has to be a section with keys of its own.")
     name = Path(str(parsed.config[-1])).stem
@@ -214,6 +230,7 @@ def _check_recipe_file(path: Path) -> None:
 def recipe_problems(recipe: Recipe) -> list[str]:
     """One line for every value out of range: the key, its value, and what the value has to be."""
     optim, lora, rows, micro = recipe.optim, recipe.lora, recipe.rows_per_step, recipe.micro_batch_size
+    asked = recipe.eval.max_new_tokens
     files, share, steps = recipe.data.train_file, recipe.data.validation_share, recipe.grad_accum_steps
     rules = [
         ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
@@ -231,6 +248,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         ("data.validation_share", share, 0 <= share < 1, "at least 0 and below 1"),
         ("data.date", recipe.data.date, _is_date(recipe.data.date), "a day, as YYYY-MM-DD"),
         ("data.max_length", recipe.data.max_length, recipe.data.max_length >= 2, "at least 2"),
+        ("eval.max_new_tokens", asked, asked is None or asked >= 1, "at least 1, or null"),
         ("epochs", recipe.epochs, 1 <= recipe.epochs <= MOST, "1 to a million"),
         ("micro_batch_size", micro, micro == "auto" or 1 <= micro <= MOST, "1 to a million, or auto"),
         ("micro_batch_size", micro, micro != "auto" or rows is not None, "a number where rows_per_step is null"),

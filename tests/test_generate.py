@@ -17,7 +17,8 @@ from data.chat import prompt_ids
 from data.conversation import question
 from data.sums import SYSTEM_PROMPT
 from data.template import ChatTemplate
-from eval.answers.generate import generate, load_model
+from eval.answers.generate import Answer, generate, load_model
+from eval.answers.settings import Settings
 from loop.model.opening import open_tokenizer
 
 TINY = str(Path(__file__).parents[1] / "data" / "tiny_base")
@@ -59,9 +60,12 @@ def test_batched_is_one_by_one(adapter: Path, merge: bool) -> None:
     prompts = [prompt_ids(question(1, words, ""), template) for words in WORDS]
     expected = [one_by_one(model, tokenizer, prompt, 40) for prompt in prompts]
     for batch_size in (1, 4, 100):
-        answers, num_tokens = generate(model, tokenizer, prompts, {tokenizer.eos_token_id}, batch_size, 40)
-        assert answers == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
-        assert num_tokens == sum(map(len, expected))
+        answers = generate(model, tokenizer, prompts, {tokenizer.eos_token_id}, batch_size, Settings(40))
+        ended = [tokenizer.eos_token_id in ids for ids in expected]
+        texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in expected]
+        assert answers == [
+            [Answer(*of)] for of in zip(texts, map(len, expected), [not each for each in ended], strict=True)
+        ]
 
 
 def test_merging_changes_nothing(adapter: Path) -> None:
@@ -106,9 +110,9 @@ def test_answers_end_where_a_server_ends_them(tmp_path: Path) -> None:
     assert changed.eos_token_id == other
     template = ChatTemplate(tokenizer, SYSTEM_PROMPT)
     prompts = [prompt_ids(question(1, words, ""), template) for words in WORDS]
-    expected = generate(load_model(TINY), tokenizer, prompts, {end}, None, 40)
+    expected = generate(load_model(TINY), tokenizer, prompts, {end}, None, Settings(40))
     model, asks = load_model(str(folder)), ChatTemplate(changed, SYSTEM_PROMPT)
-    assert generate(model, changed, prompts, asks.stop_tokens(model.generation_config), None, 40) == expected
+    assert generate(model, changed, prompts, asks.stop_tokens(model.generation_config), None, Settings(40)) == expected
     assert asks.stop_token == end, "the template ends its turns with it"
     assert asks.stop_tokens(None) == {other, end}
     assert asks.stop_tokens(GenerationConfig(eos_token_id=[third])) == {other, end, third}
@@ -118,6 +122,6 @@ def test_progress_and_cut_off() -> None:
     tokenizer = open_tokenizer(TINY)
     seen: list[int] = []
     prompts, stops = [tokenizer(word)["input_ids"] for word in "复述大"], {tokenizer.eos_token_id}
-    answers, num_tokens = generate(load_model(TINY), tokenizer, prompts, stops, 2, 1, seen.append)
+    answers = generate(load_model(TINY), tokenizer, prompts, stops, 2, Settings(1), seen.append)
     assert seen == [2, 1]
-    assert num_tokens == len(answers) == 3
+    assert [(answer.num_tokens, answer.cut_off) for of in answers for answer in of] == [(1, True)] * 3

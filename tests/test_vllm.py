@@ -12,7 +12,9 @@ from data.conversation import question
 from data.errors import UserError
 from data.sums import SYSTEM_PROMPT
 from data.template import ChatTemplate
-from eval.run import Question, ask, parse
+from eval.answers.ask import Question, ask
+from eval.answers.settings import Settings
+from eval.run import parse
 from loop.model.opening import open_tokenizer
 from loop.recipe import parse_recipe
 from tests.equality import TINY
@@ -30,7 +32,7 @@ class Engine:
     def generate(self, prompts: list[dict[str, list[int]]], sampling: Any, lora_request: Any) -> list[Any]:
         asked.append((self.options, prompts, sampling, lora_request))
         ids = [[*prompt["prompt_token_ids"][-3:], *sampling.stop_token_ids] for prompt in prompts]
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=each)]) for each in ids]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=each, finish_reason="stop")]) for each in ids]
 
 
 asked: list[Any] = []
@@ -50,7 +52,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("rank", "room"), [(4, 8), (8, 8), (12, 16), (64, 64)])
 def test_asks_vllm(tmp_path: Path, rank: int, room: int) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
-    to_ask = Question("tuned", RECIPE, tmp_path, True, ROWS, None, 9, backend="vllm")
+    to_ask = Question("tuned", RECIPE, tmp_path, True, ROWS, None, Settings(9), backend="vllm")
     answer = ask(to_ask)
     tokenizer = open_tokenizer(str(TINY))
     options, prompts, sampling, adapter = asked[0]
@@ -61,14 +63,15 @@ def test_asks_vllm(tmp_path: Path, rank: int, room: int) -> None:
     texts = [ChatTemplate(tokenizer, SYSTEM_PROMPT).prompt(row) for row in ROWS]
     assert [prompt["prompt_token_ids"] for prompt in prompts] == [tokenizer(text)["input_ids"] for text in texts]
     last = [tokenizer.decode(tokenizer(text)["input_ids"][-3:], skip_special_tokens=True) for text in texts]
-    assert answer.answers == last
+    assert [[of.text for of in row] for row in answer.answers] == [[text] for text in last]
     assert answer.num_tokens == 8
+    assert not any(of.cut_off for row in answer.answers for of in row)
     assert answer.peak_load is None
 
 
 @pytest.mark.usefixtures("vllm")
 def test_the_base_has_no_adapter() -> None:
-    ask(Question("base", RECIPE, None, True, ROWS, 4, 9, backend="vllm"))
+    ask(Question("base", RECIPE, None, True, ROWS, 4, Settings(9), backend="vllm"))
     options, _, _, adapter = asked[0]
     assert adapter is None
     assert options["enable_lora"] is False

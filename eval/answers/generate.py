@@ -1,10 +1,11 @@
-"""Loads a model and generates greedy answers in batches, in a process without DeepSpeed."""
+"""Loads a model and generates answers in batches, in a process without DeepSpeed."""
 
 import os
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.answers.greedy import OnAnswered, decode
+from eval.answers.decode import OnAnswered, decode
+from eval.answers.settings import Choice, Settings
 from loop.model.opening import open_base_model
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses old names of transformers
@@ -49,21 +51,35 @@ def _shares_adapted_weights(model: PeftModel) -> bool:
     return any(uses[id(layer.get_base_layer().weight)] > 1 for layer in layers)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """Holds an answer; the token at which it has stopped is counted, but is not part of the text."""
+
+    text: str
+    num_tokens: int
+    cut_off: bool = False  # whether it has ended at the most tokens that it may have
+
+
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     stops: Collection[int],
     batch_size: int | None,
-    max_new_tokens: int,
+    settings: Settings,
     progress: OnAnswered = lambda answered: None,
-) -> tuple[list[str], int]:
-    """Returns the greedy answers to the tokenized `prompts`, in their order, and the number of generated tokens.
+) -> list[list[Answer]]:
+    """Returns the answers to each of the tokenized `prompts`, in their order: as many as the settings ask for.
 
-    An answer ends at a token of `stops` or after `max_new_tokens`. The stop token is counted but not part of the text.
+    An answer ends at a token of `stops`, or where the settings say.
     """
-    answers = decode(model, prompts, batch_size, max_new_tokens, stops, progress)
-    return [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers], sum(map(len, answers))
+    choice = Choice(settings, tokenizer)
+
+    def answer(ids: list[int]) -> Answer:
+        return Answer(choice.text(ids), len(ids), ids[-1] not in stops and not choice.has_ended(ids))
+
+    answers = iter(decode(model, prompts, batch_size, choice, stops, progress))
+    return [[answer(next(answers)) for _ in range(settings.samples)] for _ in prompts]
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:

@@ -16,7 +16,8 @@ from transformers import GenerationConfig
 from data.chat import prompt_ids
 from data.conversation import Row
 from data.errors import UserError
-from eval.answers.generate import timed
+from eval.answers.generate import Answer, timed
+from eval.answers.settings import Choice, Settings
 from loop.model.build import build_template, build_tokenizer
 from loop.recipe import Recipe, find_model
 
@@ -33,7 +34,7 @@ class VllmQuestion(Protocol):
     @property
     def batch_size(self) -> int | None: ...
     @property
-    def max_new_tokens(self) -> int: ...
+    def settings(self) -> Settings: ...
 
 
 def check_vllm(verify: int, no_merge: bool) -> None:
@@ -50,8 +51,11 @@ def check_vllm(verify: int, no_merge: bool) -> None:
         raise UserError("--backend vllm goes neither with --verify nor with --no-merge: leave these out.")
 
 
-def ask_vllm(question: VllmQuestion) -> tuple[list[str], int, float]:
-    """Returns the greedy answers in the order of the rows, the number of generated tokens, and the seconds."""
+def ask_vllm(question: VllmQuestion) -> tuple[list[list[Answer]], float]:
+    """Returns the answers to each row, in the order of the rows, and the seconds.
+
+    With a temperature vLLM draws other tokens than transformers does, from the same seed.
+    """
     vllm: Any = importlib.import_module("vllm")
     recipe, tokenizer = question.recipe, build_tokenizer(question.recipe)
     name = find_model(recipe.model.name_or_path)
@@ -69,14 +73,29 @@ def ask_vllm(question: VllmQuestion) -> tuple[list[str], int, float]:
         config = None
     template = build_template(recipe, tokenizer)
     stops = sorted(template.stop_tokens(config))
-    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=question.max_new_tokens, stop_token_ids=stops)
+    settings = question.settings
+    sampling = vllm.SamplingParams(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        seed=settings.seed if settings.temperature else None,
+        n=settings.samples,
+        stop=list(settings.stop),
+        max_tokens=settings.max_new_tokens,
+        stop_token_ids=stops,
+    )
     adapter = None
     if question.adapter is not None:
         adapter = importlib.import_module("vllm.lora.request").LoRARequest("adapter", 1, str(question.adapter))
     prompts = [{"prompt_token_ids": prompt_ids(row, template)} for row in question.rows]
     outputs, seconds = timed(lambda: engine.generate(prompts, sampling, lora_request=adapter))
-    ids = [list(output.outputs[0].token_ids) for output in outputs]
-    return [str(tokenizer.decode(each, skip_special_tokens=True)) for each in ids], sum(map(len, ids)), seconds
+    choice = Choice(settings, tokenizer)
+
+    def answer(said: Any) -> Answer:
+        ids = list(said.token_ids)
+        return Answer(choice.text(ids), len(ids), said.finish_reason == "length")
+
+    return [[answer(said) for said in output.outputs] for output in outputs], seconds
 
 
 def _rank(adapter: Path) -> int:

@@ -125,8 +125,8 @@ def evaluate(comparison: Comparison, configuration: Configuration, progress: Pro
 def base_was_asked(file: Path) -> bool:
     """Says whether this eval.json has the scores of the base model."""
     try:
-        return "base" in json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        return "base" in json.loads(file.read_text(encoding="utf-8"))["scores"]
+    except (ValueError, KeyError):
         return False
 
 

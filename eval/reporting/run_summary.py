@@ -221,11 +221,12 @@ def read_run(name: str, folder: Path, comparison: Mapping[str, Any] | None = Non
                 figures["wall_seconds"] = number(result["wall_seconds"])
                 figures["sampling_share"] = number(result["sampling"]["share_of_a_core"])
     with reading(run / "eval.json"):
+        scores = scores.get("scores", scores)  # an older evaluation has nothing else
+        figures |= {f"{label}_accuracy": score["accuracy"] for label, score in scores.items()}
         scores = {
             label: {key: number(value) for key, value in score.items() if isinstance(value, int | float)}
             for label, score in scores.items()
         }
-        figures |= {f"{label}_accuracy": score["accuracy"] for label, score in scores.items()}
     for key, figure in (("train/loss", "final_loss"), ("val/loss", "final_validation_loss")):
         figures[figure] = next((line[key] for line in reversed(metrics) if line.get(key) is not None), None)
     return Run(

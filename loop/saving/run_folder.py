@@ -98,6 +98,11 @@ def _that_can_move(recipe: Recipe) -> Recipe:
         recipe,
         model=replace(model, name_or_path=absolute(model.name_or_path)),
         data=moved,
+        eval=replace(
+            recipe.eval,
+            data=_anywhere(recipe.eval.data) if recipe.eval.data else None,
+            judge=tuple(map(_judge_anywhere, recipe.eval.judge)),
+        ),
         run_dir=None,
         resume=None,
     )
@@ -105,6 +110,11 @@ def _that_can_move(recipe: Recipe) -> Recipe:
 
 def _anywhere(file: str) -> str:
     return file if file.startswith(HUB) else absolute(file)
+
+
+def _judge_anywhere(judge: str) -> str:
+    file, colon, function = judge.rpartition(":")
+    return f"{absolute(file)}{colon}{function}" if file.endswith(".py") else judge
 
 
 def _as_given(given: str | list[str], paths: list[str]) -> str | list[str]:

@@ -143,7 +143,9 @@ def test_each_run_is_as_the_loops_own(killed: Killed) -> None:
 
 def test_the_base_model_is_asked_once(killed: Killed) -> None:
     out, _, _ = killed
-    asked = [list(json.loads((out / name / "run" / "eval.json").read_text())) for name in ("one_process", "zero3")]
+    asked = [
+        list(json.loads((out / name / "run" / "eval.json").read_text())["scores"]) for name in ("one_process", "zero3")
+    ]
     assert asked == [["base", "tuned"], ["tuned"]]
 
 
@@ -233,7 +235,9 @@ def test_an_evaluation_that_was_interrupted_is_all_that_is_done_again(killed: Ki
     assert {name: after[name] for name in training} == {name: before[name] for name in training}
     assert after["samples.csv"] == before["samples.csv"]
     assert b"adapter: " in after["log.txt"]
-    assert list(json.loads(after["run/eval.json"])) == ["base", "tuned"], "nobody else has asked the base model"
+    assert list(json.loads(after["run/eval.json"])["scores"]) == ["base", "tuned"], (
+        "nobody else has asked the base model"
+    )
     assert json.loads(after["result.json"])["wall_seconds"] == json.loads(before["training.json"])["wall_seconds"]
 
 

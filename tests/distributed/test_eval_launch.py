@@ -25,12 +25,12 @@ def test_two_processes_say_what_one_says(run: Path, tmp_path: Path) -> None:
     asked = ["eval.run", "--run", str(run), "--limit", "7", "--verify", "5"]
     one = start([sys.executable, "-m", *asked], tmp_path)
     assert one.code == 0, one.output
-    alone, scores = answers(run), json.loads((run / "eval.json").read_text())
+    alone, scores = answers(run), json.loads((run / "eval.json").read_text())["scores"]
     assert len(alone) == 2 * 7
     two = start([*launch_command(CONFIGS / "zero3.yaml"), "--module", *asked], tmp_path)
     assert two.code == 0, two.output
     assert answers(run) == alone
-    shared = json.loads((run / "eval.json").read_text())
+    shared = json.loads((run / "eval.json").read_text())["scores"]
     for label in ("base", "tuned"):
         for key in ("accuracy", "prefix_rate", "verified", "different"):
             assert shared[label][key] == scores[label][key]

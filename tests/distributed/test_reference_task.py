@@ -17,10 +17,9 @@ def test_learns_the_task(config: str, tmp_path: Path) -> None:
     assert run.code == 0, run.output
     judged = start([sys.executable, "-m", "eval.run", "--run", str(run.folder)], run.folder)
     assert judged.code == 0, judged.output
-    scores = json.loads((run.folder / "eval.json").read_text())
-    keys = {"accuracy", "prefix_rate", "seconds", "tokens_per_second", "peak_load_bytes", "peak_inference_bytes"}
+    evaluation = json.loads((run.folder / "eval.json").read_text())
+    scores = evaluation["scores"]
     assert scores.keys() == {"base", "tuned"}
-    assert scores["base"].keys() == scores["tuned"].keys() == keys | {"verified", "different"}
     assert scores["base"]["accuracy"] == scores["base"]["prefix_rate"] == 0.0
     assert scores["tuned"]["accuracy"] >= 0.99
     answers = [json.loads(line) for line in (run.folder / "answers.jsonl").read_text().splitlines()]
@@ -31,4 +30,6 @@ def test_learns_the_task(config: str, tmp_path: Path) -> None:
         x = int(line["instruction"].removesuffix("="))
         right += line["answer"] in {f"王大丫丫的回答是--->{a} + {x - a}" for a in range(x + 1)}
     assert right / 200 == scores["tuned"]["accuracy"]
+    change = evaluation["comparisons"]["sums"]
+    assert (change["difference"], len(change["better"]), change["worse"]) == (right / 200, right, [])
     assert "| accuracy | 0.000 | 1.000 | 0.000 |" in judged.output

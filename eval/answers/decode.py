@@ -1,4 +1,4 @@
-"""Decodes many prompts at once, greedily. Their common prefix is computed once, and a row that has ended costs nothing.
+"""Decodes many prompts at once. Their common prefix is computed once, and a row that has ended costs nothing.
 
 In some models padding changes the result: models with a recurrent state, or with an attention window shorter than the
 text. Such a model gets one prompt at a time instead.
@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from data.layout import common_prefix
+from eval.answers.settings import Choice
 from loop.measure.memory import free_host_memory
 from loop.model.attention import why_not_plain_attention
 
@@ -20,7 +21,8 @@ MOST = 512  # prompts in a batch; larger batches are not faster
 SHARE = 0.7  # the share of the free memory that a batch may take
 OVERHEAD = 2.0  # memory of keys and values counts twice, because a layer copies them when they grow
 
-OnAnswered = Callable[[int], object]  # a function that gets the number of prompts just answered
+OnAnswered = Callable[[int], object]  # a function that gets the number of answers just generated
+Draws = Sequence[float] | None  # a number of 0..1 for each token of an answer; None where the likeliest token is taken
 
 
 @torch.inference_mode()
@@ -28,20 +30,25 @@ def decode(
     model: Any,
     prompts: Sequence[list[int]],
     batch_size: int | None,
-    max_new_tokens: int,
+    choice: Choice,
     stops: Collection[int],
     progress: OnAnswered = lambda answered: None,
 ) -> list[list[int]]:
-    """Returns the token ids of the answer to each prompt, in the order of the prompts.
+    """Returns the token ids of the answers to each prompt, all answers to a prompt one after another.
 
-    An answer ends with the first token that is in `stops`, or is cut off after `max_new_tokens`. Each prompt is a list
+    An answer ends with the first token that is in `stops`, or where the settings of `choice` say. Each prompt is a list
     of token ids and not empty. Prompts of similar length share a batch, and the longest prompts come first. When
     `batch_size` is None, a batch takes as many prompts as fit into memory.
     """
+    samples, max_new_tokens = choice.settings.samples, choice.settings.max_new_tokens
+    draws = [choice.draws(prompt, sample) if choice.drawn else None for prompt in prompts for sample in range(samples)]
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     longest = len(prompts[order[0]]) + max_new_tokens
     if why_not_plain_attention(model, longest):  # padding between prefix and prompt would change the result
-        return [_decode_alone(model, prompt, max_new_tokens, stops, progress) for prompt in prompts]
+        return [
+            _decode_alone(model, prompt, choice, of, stops, progress) for prompt, of in zip(prompts, draws, strict=True)
+        ]
     shared = common_prefix(prompts) if len(prompts) > 1 else 0
     batch_size = batch_size or size_that_fits(model, longest)
     prefix = None
@@ -54,7 +61,8 @@ def decode(
         batch = order[start : start + batch_size]
         found = None
         try:
-            found = decode_batch(model, prefix, shared, [prompts[i] for i in batch], max_new_tokens, stops)
+            asked, of = [prompts[i] for i in batch], [draws[i] for i in batch]
+            found = decode_batch(model, prefix, shared, asked, choice, of, stops)
         except torch.cuda.OutOfMemoryError:
             if batch_size == 1:
                 raise
@@ -69,18 +77,46 @@ def decode(
     return answers
 
 
+class _Chosen(LogitsProcessor):
+    """Has transformers' greedy search take the token that `choice` takes."""
+
+    def __init__(self, choice: Choice, draws: Draws, prompt: int) -> None:
+        self.choice, self.draws, self.prompt = choice, draws, prompt
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        token = self.choice.tokens(scores, [_draw(self.draws, input_ids.shape[1] - self.prompt)])
+        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+
+
+class _Ended(StoppingCriteria):
+    """Ends transformers' generation at the texts at which an answer ends."""
+
+    def __init__(self, choice: Choice, prompt: int) -> None:
+        self.choice, self.prompt = choice, prompt
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        ended = self.choice.has_ended(input_ids[0, self.prompt :].tolist())
+        return torch.tensor([ended], device=input_ids.device)
+
+
+def _draw(draws: Draws, place: int) -> float:
+    return 0.0 if draws is None else float(draws[place])
+
+
 def _decode_alone(
-    model: Any, prompt: list[int], max_new_tokens: int, stops: Collection[int], progress: OnAnswered
+    model: Any, prompt: list[int], choice: Choice, draws: Draws, stops: Collection[int], progress: OnAnswered
 ) -> list[int]:
     ids = torch.tensor([prompt], device=model.device)
     settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=choice.settings.max_new_tokens,
         eos_token_id=list(stops),
         pad_token_id=min(stops),
         repetition_penalty=1.0,  # a checkpoint's own generation_config may say otherwise
+        logits_processor=LogitsProcessorList([_Chosen(choice, draws, len(prompt))]),
+        stopping_criteria=StoppingCriteriaList([_Ended(choice, len(prompt))]),
         **settings,
     )
     answer: list[int] = output[0, len(prompt) :].tolist()
@@ -93,10 +129,11 @@ def decode_batch(
     prefix: DynamicCache | None,
     shared: int,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    choice: Choice,
+    draws: Sequence[Draws],
     stops: Collection[int],
 ) -> list[list[int]]:
-    """Returns the answers to one batch of prompts.
+    """Returns the answers to one batch of prompts; `draws` has the numbers with which each answer's tokens are drawn.
 
     A row consists of the prefix, then padding, then the prompt's own tokens. Positions do not count the padding.
     """
@@ -114,7 +151,7 @@ def decode_batch(
     cache.batch_repeat_interleave(b)
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(b))  # the rows that have not ended
-    for _ in range(max_new_tokens):
+    for place in range(choice.settings.max_new_tokens):
         output = model(
             input_ids=ids,
             attention_mask=mask,
@@ -123,11 +160,12 @@ def decode_batch(
             use_cache=True,
             logits_to_keep=1,
         )
-        tokens = output.logits[:, -1].argmax(-1)  # [rows that have not ended]
+        # [rows that have not ended]
+        tokens = choice.tokens(output.logits[:, -1], [_draw(draws[row], place) for row in rows])
         going_on = []
         for i, token in enumerate(tokens.tolist()):  # tolist() waits for the GPU
             answers[rows[i]].append(token)
-            if token not in stops:
+            if token not in stops and not choice.has_ended(answers[rows[i]]):
                 going_on.append(i)
         if not going_on:
             break
