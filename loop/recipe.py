@@ -22,6 +22,7 @@ from data.files import HUB
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "loop" / "recipes" / "tiny.yaml"
+JUDGES = ("sums", "exact", "contains", "number", "choice", "json", "regex", "tool_call")  # eval/judging/judges.py
 MOST = 1_000_000  # the largest number of epochs, of rows at once, of rows and of micro-batches of a step
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -230,7 +231,7 @@ def _check_recipe_file(path: Path) -> None:
 def recipe_problems(recipe: Recipe) -> list[str]:
     """One line for every value out of range: the key, its value, and what the value has to be."""
     optim, lora, rows, micro = recipe.optim, recipe.lora, recipe.rows_per_step, recipe.micro_batch_size
-    asked = recipe.eval.max_new_tokens
+    asked, judges = recipe.eval.max_new_tokens, recipe.eval.judge
     files, share, steps = recipe.data.train_file, recipe.data.validation_share, recipe.grad_accum_steps
     rules = [
         ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
@@ -248,6 +249,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         ("data.validation_share", share, 0 <= share < 1, "at least 0 and below 1"),
         ("data.date", recipe.data.date, _is_date(recipe.data.date), "a day, as YYYY-MM-DD"),
         ("data.max_length", recipe.data.max_length, recipe.data.max_length >= 2, "at least 2"),
+        ("eval.judge", judges, all(map(_is_judge, judges)), f"of {', '.join(JUDGES)} and FILE.py:FUNCTION"),
         ("eval.max_new_tokens", asked, asked is None or asked >= 1, "at least 1, or null"),
         ("epochs", recipe.epochs, 1 <= recipe.epochs <= MOST, "1 to a million"),
         ("micro_batch_size", micro, micro == "auto" or 1 <= micro <= MOST, "1 to a million, or auto"),
@@ -267,6 +269,21 @@ def recipe_problems(recipe: Recipe) -> list[str]:
 
 def _times_are_positive(files: str | list[str] | dict[str, int]) -> bool:
     return not isinstance(files, dict) or all(1 <= times <= MOST for times in files.values())
+
+
+def _is_judge(name: str) -> bool:
+    return name.partition(":")[0] in JUDGES or name.rpartition(":")[0].endswith(".py")
+
+
+def check_examination(recipe: Recipe) -> None:
+    """Raises UserError where a file is missing that the evaluation will need: better now than after the training."""
+    files = [("eval.data", recipe.eval.data)] if recipe.eval.data else []
+    files += [
+        ("eval.judge", judge.rpartition(":")[0]) for judge in recipe.eval.judge if judge.partition(":")[0] not in JUDGES
+    ]
+    for key, file in files:
+        if file and not file.startswith(HUB) and not os.path.exists(find_path(file)):
+            raise UserError(f"{key}: there is no file {file}. Correct the path, or leave the key out.")
 
 
 def _is_date(text: str | None) -> bool:

@@ -5,7 +5,18 @@ import yaml
 
 from data.errors import UserError
 from data.sums import SYSTEM_PROMPT
-from loop.recipe import DEFAULT_RECIPE, ROOT, RUN_OPTIONS, find_model, find_path, parse_recipe, recipe_as_dict
+from eval.judging import judges
+from loop.recipe import (
+    DEFAULT_RECIPE,
+    JUDGES,
+    ROOT,
+    RUN_OPTIONS,
+    check_examination,
+    find_model,
+    find_path,
+    parse_recipe,
+    recipe_as_dict,
+)
 
 RECIPES = ROOT / "loop" / "recipes"
 
@@ -69,6 +80,11 @@ def test_written_recipe_reads_back(tmp_path: Path) -> None:
         (["--lora.dropout", "1"], "lora.dropout is 1"),
         (["--lora.rank", "0"], "lora.rank is 0"),
         (["--lora.target_modules", "[]"], "lora.target_modules"),
+        (
+            ["--eval.judge", "[sums, exactly]"],
+            "eval.judge is ('sums', 'exactly'), but has to be of sums, exact, contains",
+        ),
+        (["--eval.max_new_tokens", "0"], "eval.max_new_tokens is 0, but has to be at least 1, or null"),
         (["--gradient_checkpointing", "sometimes"], "gradient_checkpointing"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -103,6 +119,26 @@ def test_paths_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
     for missing in ("./nothing", "/no/where", "a/b/c"):
         with pytest.raises(UserError, match="there is no folder"):
             find_model(missing)
+
+
+def test_what_the_evaluation_needs_is_there_before_the_training(tmp_path: Path) -> None:
+    def check(*options: str) -> None:
+        check_examination(parse_recipe(list(options))[1])
+
+    check("--eval.judge", f"[exact, 'regex:a', {tmp_path}/mine.py:judge]", "--eval.judge", "[exact]")
+    for options, said in (
+        (("--eval.data", "nowhere.jsonl"), "eval.data: there is no file nowhere.jsonl"),
+        (("--eval.judge", "[exact, mine.py:judge]"), "eval.judge: there is no file mine.py"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check(*options)
+    (tmp_path / "mine.py").touch()
+    check("--eval.judge", f"[exact, {tmp_path}/mine.py:judge]", "--eval.data", str(DEFAULT_RECIPE))
+    check("--eval.data", "hub:name")
+
+
+def test_the_names_of_the_judges() -> None:
+    assert set(JUDGES) == set(judges.JUDGES)
 
 
 def test_run_options_are_keys_of_the_recipe() -> None:

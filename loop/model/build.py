@@ -31,7 +31,7 @@ from loop.model.lora import ADAPTER, share_inputs, shared_inputs, use_fused_lora
 from loop.model.opening import open_base_model, open_tokenizer
 from loop.model.operators import use_fused_operators
 from loop.model.reach import Reach
-from loop.recipe import Recipe, data_files, find_data, find_model, find_path
+from loop.recipe import Recipe, check_examination, data_files, find_data, find_model, find_path
 
 PAD = 0  # the token id of padding. Nothing reads it, but it needs an embedding, which a tokenizer's own may not have
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -96,6 +96,7 @@ def find_template(name: str, trust_remote_code: bool = False) -> str:
 
 def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Reads, checks and tokenizes the rows, once for all processes of a machine. Raises UserError on anything wrong."""
+    check_examination(recipe)
     data, template = recipe.data, build_template(recipe, tokenizer)
     reading = Reading(template, data.max_length, data.too_long, data.validation_share, data.columns)
     train = {find_data(name): times for name, times in data_files(data.train_file).items()}
