@@ -46,19 +46,11 @@ def examination(args: argparse.Namespace) -> Examination:
 
     Raises UserError when the run, recipe, model, rows or a judge is missing or does not fit.
     """
-    if args.run:
-        for file in ("recipe.yaml", "adapter/adapter_config.json", f"adapter/{ADAPTER}"):
-            if not (args.run / file).is_file():
-                raise UserError(f"--run {args.run}: no {file} in there. Give the folder of a finished training.")
-    options = ["--config", str(args.run / "recipe.yaml" if args.run else args.config)]
-    if args.model:
-        options += ["--model.name_or_path", args.model]
-    recipe = parse_recipe(options)[1]
+    recipe = asked_recipe(args)
     judges = [build_judge(name) for name in args.judge or recipe.eval.judge]
     names = _files(args.data, recipe)
     rows = [row for name in names for row in asked_rows(read_rows(name, recipe.data.columns), name)][: args.limit]
     if args.system is not None:
-        recipe = replace(recipe, data=replace(recipe.data, system_prompt=args.system))
         rows = [replace(row, turns=tuple(turn for turn in row.turns if turn.role != "system")) for row in rows]
     warnings = check_rows(rows, judges, ", ".join(names))
     settings = _settings(args, recipe, rows)
@@ -86,18 +78,36 @@ def examination(args: argparse.Namespace) -> Examination:
     )
 
 
+def asked_recipe(args: argparse.Namespace) -> Recipe:
+    """Returns the recipe of the run, or the recipe, that the options name, with what other options put in its place.
+
+    Raises UserError when it cannot be, or when the run has no adapter.
+    """
+    if args.run:
+        for file in ("recipe.yaml", "adapter/adapter_config.json", f"adapter/{ADAPTER}"):
+            if not (args.run / file).is_file():
+                raise UserError(f"--run {args.run}: no {file} in there. Give the folder of a finished training.")
+    options = ["--config", str(args.run / "recipe.yaml" if args.run else args.config)]
+    if args.model:
+        options += ["--model.name_or_path", args.model]
+    recipe = parse_recipe(options)[1]
+    if args.system is not None:
+        recipe = replace(recipe, data=replace(recipe.data, system_prompt=args.system))
+    return recipe
+
+
 def _adapters(args: argparse.Namespace, recipe: Recipe, adapted: PeftModel) -> dict[str, Path | None]:
     """Returns the adapter of each model to ask, by its label; the base has none."""
     found: dict[str, Path | None] = {} if args.adapter_only else {BASE: None}
     if not args.run:
         return found
-    _check_content(args.run / INPUTS, recipe)
+    check_content(args.run / INPUTS, recipe)
     if args.checkpoints:
         found |= {folder.name: folder for folder in list_checkpoints(args.run)}
     found[TUNED] = args.run / "adapter"
     for folder in found.values():
         if folder is not None:
-            _check_adapter(folder / ADAPTER, adapted)
+            check_adapter(folder / ADAPTER, adapted)
     return found
 
 
@@ -150,7 +160,7 @@ def _check_prompts(base: Any, rows: Sequence[Row], recipe: Recipe, max_new_token
     return [f"{warning}."] if warning else []
 
 
-def _check_content(file: Path, recipe: Recipe) -> None:
+def check_content(file: Path, recipe: Recipe) -> None:
     """Raises UserError where the recipe's model is not the one that the run has trained; `file` is its inputs.json."""
     if not file.is_file():  # a run of an older version
         return
@@ -163,7 +173,7 @@ def _check_content(file: Path, recipe: Recipe) -> None:
         )
 
 
-def _check_adapter(file: Path, model: PeftModel) -> None:
+def check_adapter(file: Path, model: PeftModel) -> None:
     """Raises UserError for the adapter of another model. PEFT would only warn, and the answers would be the base's."""
     # The kind is Exception because safetensors raises an exception type of its own.
     with user_error(f"{file}: cannot be read", "Copy it anew, or train once more.", (Exception,)):

@@ -29,6 +29,7 @@ from eval.judging.scores import (
     scores_as_json,
 )
 from eval.judging.table import table
+from eval.options import add_common_options, check_common_options, check_rules
 from eval.questions import BASE, TUNED, Examination, examination
 from loop.guard.process import end_process, exit_codes
 from loop.saving.run_folder import write_json
@@ -49,12 +50,7 @@ class Results:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the options of this command. Raises UserError for values that cannot be."""
     parser = argparse.ArgumentParser(prog="python -m eval.run", description=__doc__)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", type=Path, help="run folder of a training: asks its base and its fine-tuned model")
-    which.add_argument("--config", type=Path, help="a recipe: asks its base model only and writes nothing")
-    parser.add_argument(
-        "--model.name_or_path", dest="model", metavar="PATH", help="where the base model lies now, if it was moved"
-    )
+    add_common_options(parser)
     parser.add_argument("--adapter-only", action="store_true", help="with --run: ask the fine-tuned model alone")
     parser.add_argument("--checkpoints", choices=("all",), help="with --run: ask each checkpoint of the run too")
     parser.add_argument("--data", help="rows to ask (default: the recipe's eval.data, or its validation file)")
@@ -71,14 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         type=int,
         help="tokens after which an answer is cut off (default: the recipe's, or twice the longest of the rows' own)",
     )
-    parser.add_argument("--system", help="system prompt in the place of the recipe's and the rows' own; '' for none")
-    parser.add_argument("--temperature", type=float, default=0.0, help="draw tokens at this temperature (default: 0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this probability")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among so many of the likeliest tokens")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the drawing")
     parser.add_argument("--samples", type=int, default=1, help="answers to each question: pass@k and the majority's")
-    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts at which an answer ends")
-    parser.add_argument("--no-merge", action="store_true", help="keep the adapter beside the weights")
     parser.add_argument("--verify", type=int, default=0, help="ask the first so many again, one at a time, and compare")
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers", help="what generates")
     args = parser.parse_args(argv)
@@ -89,22 +78,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(
                 f"--{option.replace('_', '-')} goes with --run, the folder of a training: a recipe has no adapter."
             )
-    for name in ("limit", "batch_size", "max_new_tokens", "samples"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but has to be at least 1.")
-    rules = (
-        ("temperature", 0 <= args.temperature < 100, "at least 0 and below 100"),
-        ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-        ("top_k", args.top_k >= 0, "at least 0"),
-        ("seed", args.seed >= 0, "at least 0"),
-        ("verify", args.verify >= 0, "at least 0"),
-        ("stop", all(args.stop), "texts that are not empty"),
+    check_common_options(args)
+    check_rules(
+        args,
+        {
+            "limit": (args.limit is None or args.limit >= 1, "at least 1"),
+            "batch_size": (args.batch_size is None or args.batch_size >= 1, "at least 1"),
+            "samples": (args.samples >= 1, "at least 1"),
+            "verify": (args.verify >= 0, "at least 0"),
+        },
     )
-    for name, ok, rule in rules:
-        if not ok:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but has to be {rule}.")
-    if not args.temperature and (args.samples > 1 or args.top_p < 1 or args.top_k):
-        raise UserError("--samples, --top-p and --top-k need --temperature above 0: without it all answers are alike.")
+    if args.samples > 1 and not args.temperature:
+        raise UserError("--samples needs --temperature above 0: without it all answers are alike.")
     return args
 
 

@@ -147,7 +147,8 @@ WRONG_OPTIONS = {
     "--temperature 1 --top-p 0": "--top-p is 0.0, but has to be above 0",
     "--temperature 1 --top-k -1": "--top-k is -1",
     "--samples 0": "--samples is 0, but has to be at least 1",
-    "--samples 3": "--samples, --top-p and --top-k need --temperature above 0",
+    "--samples 3": "--samples needs --temperature above 0",
+    "--top-k 3": "--top-p and --top-k need --temperature above 0",
     "--stop ": "--stop is",
     "--verify -1": "--verify is -1",
 }

@@ -74,12 +74,13 @@ def generate(
     An answer ends at a token of `stops`, or where the settings say.
     """
     choice = Choice(settings, tokenizer)
-
-    def answer(ids: list[int]) -> Answer:
-        return Answer(choice.text(ids), len(ids), ids[-1] not in stops and not choice.has_ended(ids))
-
     answers = iter(decode(model, prompts, batch_size, choice, stops, progress))
-    return [[answer(next(answers)) for _ in range(settings.samples)] for _ in prompts]
+    return [[answer_of(next(answers), choice, stops) for _ in range(settings.samples)] for _ in prompts]
+
+
+def answer_of(ids: list[int], choice: Choice, stops: Collection[int]) -> Answer:
+    """Returns the answer with these token ids."""
+    return Answer(choice.text(ids), len(ids), ids[-1] not in stops and not choice.has_ended(ids))
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:
