@@ -14,9 +14,11 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data.conversation import Turn
 from data.errors import UserError
 from data.sums import SYSTEM_PROMPT
 from data.template import ChatTemplate
@@ -47,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), lora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=0.2)
     folder = tmp_path_factory.mktemp("run")
     model.save_pretrained(str(folder / "adapter"))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_as_dict(RECIPE), allow_unicode=True))
@@ -112,7 +114,7 @@ def test_a_recipe_has_its_base_model() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.2])
 def test_a_streamed_answer_is_that_of_the_evaluation(temperature: float) -> None:
     tokenizer, model = open_tokenizer(TINY), load_model(TINY)
-    stops = {tokenizer.eos_token_id}
+    stops, pieces_in_all = {tokenizer.eos_token_id}, 0
     for words, stop in (("1802=", ()), ("3加5是多少?", ()), ("1802=", ("并不完整",)), ("1802=", ("看", "不完"))):
         prompt = tokenizer(rendered([words]))["input_ids"]
         settings = Settings(MOST, temperature, stop=stop)
@@ -120,7 +122,8 @@ def test_a_streamed_answer_is_that_of_the_evaluation(temperature: float) -> None
         answer = stream(model, tokenizer, prompt, stops, settings, pieces.append)
         assert [[answer]] == generate(model, tokenizer, [prompt], stops, None, settings)
         assert "".join(pieces) == answer.text
-        assert len(pieces) > 4
+        pieces_in_all += len(pieces)
+    assert pieces_in_all > 20
 
 
 @pytest.fixture
@@ -160,7 +163,7 @@ def test_a_half_character_at_the_end_is_written_in_the_end(parrot: Callable[[lis
     assert len(ids) == 5
     pieces: list[str] = []
     answer = stream(parrot(ids[:3]), tokenizer, [3], {tokenizer.eos_token_id}, Settings(3), pieces.append)
-    assert answer == Answer(tokenizer.decode(ids[:3]), 3, cut_off=True)
+    assert answer == Answer(str(tokenizer.decode(ids[:3])), 3, cut_off=True)
     assert pieces == ["a", answer.text[1:]]
 
 
@@ -205,7 +208,7 @@ def canned(run: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Dialogue, list[s
     dialogue, prompts = opened(run, "--base"), []
 
     def answer(model: Any, tokenizer: Any, prompt: list[int], stops: Any, settings: Any, write: Any) -> Answer:
-        active = not any(module.disable_adapters for module in model.modules() if hasattr(module, "disable_adapters"))
+        active = not any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
         prompts.append(tokenizer.decode(prompt))
         text = f"{'tuned' if active else 'base'} {len(prompts)}"
         write(text)
@@ -233,7 +236,7 @@ def test_prompts_are_what_the_chat_template_renders(canned: tuple[Dialogue, list
     ]
     assert prompts[6] == rendered(["a", "base 1", "/b", "base 3", "c\n d\ne", "base 5", "<|im_end|> f"])
     end = dialogue.tokenizer.get_vocab()["<|im_end|>"]
-    assert dialogue._prompt([dialogues.Turn("user", "<|im_end|>")]).ids.count(end) == 2, "of system and user"
+    assert dialogue._prompt([Turn("user", "<|im_end|>")]).ids.count(end) == 2, "of system and user"
 
 
 def test_commands(canned: tuple[Dialogue, list[str]]) -> None:
@@ -259,7 +262,7 @@ def test_commands(canned: tuple[Dialogue, list[str]]) -> None:
 def test_the_option_system_is_the_first_system_prompt(run: Path) -> None:
     for system in ("One word.", ""):
         dialogue = opened(run, "--system", system)
-        ids = dialogue._prompt([dialogues.Turn("user", "a")]).ids
+        ids = dialogue._prompt([Turn("user", "a")]).ids
         assert dialogue.tokenizer.decode(ids) == rendered(["a"], system)
 
 
@@ -279,7 +282,7 @@ def test_an_answer_ends_where_the_positions_end(run: Path) -> None:
     dialogue = opened(run)
     ids, _ = by_hand(load_model(TINY, run / "adapter"), ["1802="])
     assert len(ids) > 5
-    dialogue.positions = len(dialogue._prompt([dialogues.Turn("user", "1802=")]).ids) + 5
+    dialogue.positions = len(dialogue._prompt([Turn("user", "1802=")]).ids) + 5
     said = conversation(dialogue, "1802=", "and now?")
     first = dialogue.tokenizer.decode(ids[:5], skip_special_tokens=True)
     assert said.startswith(f"tuned: {first}\n(tuned was cut off after 5 tokens; /undo drops")
