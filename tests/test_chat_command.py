@@ -395,9 +395,14 @@ def test_a_script_that_is_piped_into_it(run: Path) -> None:
     assert lines[0] == f"base: {by_hand(load_model(TINY), ['1802='])[1]}"
     assert lines[1] == f"tuned: {by_hand(load_model(TINY, run / 'adapter'), ['1802='])[1]}"
     assert lines[-1] == "(the last exchange is forgotten)"
-    wrong = subprocess.run(command(run, "--top-k", "3"), capture_output=True, text=True, check=False, cwd=ROOT)
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr.startswith("error: --top-p and --top-k need --temperature")
+
+
+def test_an_error_of_the_user_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        chat.main(["--run", str(run), "--top-k", "3"])
+    said = capsys.readouterr()
+    assert (left.value.code, said.out) == (2, "")
+    assert said.err.startswith("error: --top-p and --top-k need --temperature")
 
 
 @pytest.mark.launches
