@@ -22,7 +22,6 @@ from loop.saving.publish import damage, publish
 from loop.saving.run_folder import write_json
 
 CHOSEN = "chosen.json"
-BEST = {"val/loss": "lowest"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ class Choice:
     @property
     def reason(self) -> str:
         """Why, for people: "the last", or "lowest val/loss 0.4100"."""
-        return "the last" if self.value is None else f"{BEST[self.by]} {self.by} {self.value:.4f}"
+        best = "lowest" if self.by == "val/loss" else "best"
+        return "the last" if self.value is None else f"{best} {self.by} {self.value:.4f}"
 
 
 def choose(run_dir: Path, choose_by: str, validations: Sequence[tuple[int, float]]) -> Choice:
