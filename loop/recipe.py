@@ -125,9 +125,10 @@ class Recipe:
     log_every: int = 5
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 0
-    """Steps between two validations; 0 for one at the end of each epoch."""
+    """Steps between two validations; 0 for one at the end of each epoch. There is always one after the last step."""
     save_every: int = 0
-    """Steps between two checkpoints; 0 for one at the end of each epoch, where there is always one."""
+    """Steps between two checkpoints; 0 for one at the end of each epoch, where there is always one, as there is after
+    the last step."""
     save_total_limit: int = 3
     """How many of the newest checkpoints are kept; the checkpoint of the lowest val/loss is kept too."""
     choose_by: Literal["last", "val/loss"] = "last"

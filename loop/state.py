@@ -61,9 +61,9 @@ class Job:
         """Whether the weights after this step may become adapter/, so that they need a checkpoint: those after the
         last step, and with choose_by val/loss those of a validation that is lower than all before it.
         """
-        lowest = state.lowest
-        is_lowest = lowest is not None and lowest.step == state.step
-        return self.is_over(state) or (self.recipe.choose_by == "val/loss" and is_lowest)
+        if self.recipe.choose_by == "val/loss" and (lowest := state.lowest) and lowest.step == state.step:
+            return True
+        return self.is_over(state)
 
     def is_over(self, state: "TrainState") -> bool:
         """Whether no step is left to learn."""
@@ -71,8 +71,8 @@ class Job:
 
     def out_of_patience(self, state: "TrainState") -> str | None:
         """Says why the run ends before its total_steps; None where it goes on, and where it has made all of them."""
-        patience, lowest = self.recipe.patience, state.lowest
-        if patience is None or lowest is None or state.step >= self.batch.total_steps:
+        patience = self.recipe.patience
+        if patience is None or state.step >= self.batch.total_steps or (lowest := state.lowest) is None:
             return None
         since = sum(validation.step > lowest.step for validation in state.validations)
         if since < patience:
