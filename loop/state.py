@@ -79,7 +79,7 @@ class Job:
             return None
         return (
             f"ended after step {state.step}: val/loss has not been lower than {lowest.loss:.4f} (step {lowest.step}) "
-            f"for {since} validations. It goes on with --resume and a larger --patience."
+            f"for {since} validations.\nIt goes on with --resume and a larger --patience."
         )
 
     def windows(self, state: "TrainState") -> Iterator[Window]:
