@@ -39,6 +39,7 @@ class Examination:
     questions: list[Question]
     judges: list[Judge]
     warnings: list[str]
+    checkpoints: list[Path]  # that are asked, and of which the best becomes adapter/; empty where none does
 
 
 def examination(args: argparse.Namespace) -> Examination:
@@ -57,6 +58,9 @@ def examination(args: argparse.Namespace) -> Examination:
     adapted = check_model(recipe)  # a bad recipe fails here rather than in a worker
     warnings += _check_prompts(adapted.get_base_model(), rows, recipe, settings.max_new_tokens)
     adapters = _adapters(args, recipe, adapted)
+    choosing = bool(args.checkpoints) and recipe.choose_by == "judge" and bool(judges)
+    if choosing:
+        adapters.pop(TUNED)  # it will be one of the checkpoints
     return Examination(
         ", ".join(names),
         [
@@ -75,6 +79,7 @@ def examination(args: argparse.Namespace) -> Examination:
         ],
         judges,
         warnings,
+        [folder for folder in adapters.values() if folder is not None] if choosing else [],
     )
 
 

@@ -32,6 +32,8 @@ from eval.judging.table import table
 from eval.options import add_common_options, check_common_options, check_rules
 from eval.questions import BASE, TUNED, Examination, examination
 from loop.guard.process import end_process, exit_codes
+from loop.saving.adapter import Choice, publish_adapter
+from loop.saving.checkpoint import step_of
 from loop.saving.run_folder import write_json
 
 SHOWN_ANSWERS = 3  # answers of each model that are printed
@@ -106,6 +108,9 @@ def evaluate(examined: Examination, main_process: bool) -> Results:
             scores[question.label] = score_of(judged[question.label], asked, question.verify)
             if examined.judges:
                 show_judged(judged[question.label])
+    if main_process and examined.checkpoints:
+        best = choose_best(examined, scores)
+        judged[TUNED], scores[TUNED] = judged[best], scores[best]
     both = BASE in judged and TUNED in judged
     return Results(
         asked_as_json(examined.data, examined.questions[0], examined.judges),
@@ -113,6 +118,19 @@ def evaluate(examined: Examination, main_process: bool) -> Results:
         scores,
         compare_models(judged[BASE], judged[TUNED]) if both else {},
     )
+
+
+def choose_best(examined: Examination, scores: Mapping[str, Score]) -> str:
+    """Makes adapter/ of the checkpoint that is best by the first judge, and returns its label.
+
+    Among equally good ones it is the earliest.
+    """
+    accuracies = {step_of(folder): scores[folder.name].accuracy or 0.0 for folder in examined.checkpoints}
+    best = max(examined.checkpoints, key=lambda folder: accuracies[step_of(folder)])
+    choice = Choice(best, examined.judges[0].name, accuracies)
+    publish_adapter(best.parent.parent, choice)
+    print(f"adapter: {best.parent.parent / 'adapter'} (step {choice.step}, {choice.reason})", flush=True)
+    return best.name
 
 
 def asked_as_json(data: str, question: Question, judges: Sequence[Judge]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ class BatchArithmetic:
     num_processes: int
     num_rows: int  # training rows
     epochs: int
+    max_steps: int | None  # after which the run ends, if its epochs have more
     warmup_ratio: float
 
     @classmethod
@@ -30,6 +31,7 @@ class BatchArithmetic:
             num_processes=num_processes,
             num_rows=num_rows,
             epochs=recipe.epochs,
+            max_steps=recipe.max_steps,
             warmup_ratio=recipe.optim.warmup_ratio,
         )
 
@@ -50,7 +52,18 @@ class BatchArithmetic:
 
     @property
     def total_steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
+        """Steps of the run, over which the learning rate rises and falls."""
+        return num_steps(self.steps_per_epoch, self.epochs, self.max_steps)
+
+    @property
+    def length(self) -> str:
+        """What the recipe says about the number of steps, in words."""
+        return f"{self.epochs} epochs" + ("" if self.max_steps is None else f" (max_steps {self.max_steps})")
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether max_steps ends the run before its epochs are over."""
+        return self.total_steps < self.epochs * self.steps_per_epoch
 
     @property
     def warmup_steps(self) -> int:
@@ -63,13 +76,27 @@ class BatchArithmetic:
         if self.warmup_steps < total:
             return
         enough = next((t for t in range(total + 1, MOST) if warmup_steps(self.warmup_ratio, t) < t), None)
-        longer = f"--epochs {math.ceil(enough / self.steps_per_epoch)}, fewer rows a step, or " if enough else ""
+        longer = f"{self._longer(enough)}, or " if enough else ""
         raise UserError(
             f"optim.warmup_ratio is {self.warmup_ratio:g}: {self.warmup_steps} of the {total} steps would be warm-up, "
             f"which begins at learning rate 0, so that the run would not reach optim.lr. ({self.num_rows:,} rows, "
-            f"{self.rows_per_step:,} rows a step, {self.epochs} epochs.) Give {longer}a smaller --optim.warmup_ratio; "
+            f"{self.rows_per_step:,} rows a step, {self.length}.) Give {longer}a smaller --optim.warmup_ratio; "
             "0 is no warm-up."
         )
+
+    def _longer(self, steps: int) -> str:
+        """The options that make a run of at least so many steps."""
+        epochs = max(self.epochs, math.ceil(steps / self.steps_per_epoch))
+        options = [f"--epochs {epochs}"] if epochs > self.epochs else []
+        if self.max_steps is not None and self.max_steps < steps:
+            return " ".join([*options, f"--max_steps {steps}"])
+        return f"{options[0]}, fewer rows a step"
+
+
+def num_steps(steps_per_epoch: int, epochs: int, max_steps: int | None) -> int:
+    """Steps of a run: all its epochs, or max_steps where that is less."""
+    steps = steps_per_epoch * epochs
+    return steps if max_steps is None else min(steps, max_steps)
 
 
 def warmup_steps(warmup_ratio: float, total_steps: int) -> int:

@@ -23,7 +23,8 @@ from data.files import HUB
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "loop" / "recipes" / "tiny.yaml"
 JUDGES = ("sums", "exact", "contains", "number", "choice", "json", "regex", "tool_call")  # eval/judging/judges.py
-MOST = 1_000_000  # the largest number of epochs, of rows at once, of rows and of micro-batches of a step
+MOST = 1_000_000  # the largest number of epochs, of steps, of rows at once, of rows and of micro-batches of a step
+NO_ROWS = "where there are no validation rows (data.validation_file or data.validation_share)"
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -116,6 +117,11 @@ class Recipe:
     eval: EvalRecipe = field(default_factory=EvalRecipe)
     epochs: int = 1
     """Passes over the training rows."""
+    max_steps: int | None = None
+    """Optimizer steps after which the run ends, with the schedule's end there; null for all epochs."""
+    patience: int | None = None
+    """Validations in a row without a lower val/loss after which the run ends; null for none. The learning rates stay
+    those of the whole run: they do not come down to 0 where it ends so."""
     micro_batch_size: int | Literal["auto"] = 16
     """Rows that a process computes at once; auto cuts its share of rows_per_step up as memory and time ask for."""
     rows_per_step: int | None = None
@@ -134,11 +140,16 @@ class Recipe:
     log_every: int = 5
     """Steps between two lines of metrics.jsonl."""
     eval_every: int = 0
-    """Steps between two validations; 0 for one at the end of each epoch."""
+    """Steps between two validations; 0 for one at the end of each epoch. There is always one after the last step."""
     save_every: int = 0
-    """Steps between two checkpoints; 0 for one at the end of each epoch, where there is always one."""
+    """Steps between two checkpoints; 0 for one at the end of each epoch, where there is always one, as there is after
+    the last step."""
     save_total_limit: int = 3
     """How many of the newest checkpoints are kept; the checkpoint of the lowest val/loss is kept too."""
+    choose_by: Literal["last", "val/loss", "judge"] = "last"
+    """Which step's weights become adapter/: those of the last step, of the validation with the lowest val/loss, or of
+    the checkpoint that is best by the first judge, once python -m eval.run --checkpoints all has asked them. With
+    val/loss each validation that is lower than all before it saves a checkpoint."""
     run_dir: str | None = None
     """Run folder, which has to be new or empty; by default runs/<recipe>-<time>."""
     resume: str | None = None
@@ -162,6 +173,8 @@ RUN_OPTIONS = frozenset(
         # where a run writes, and how often it tells, validates and saves
         *("run_dir", "resume", "tracker", "log_every", "eval_every", "save_every", "save_total_limit", "rank_timeout"),
         "data.validation_file",
+        # when it ends before its last step, and which of its steps becomes adapter/
+        *("patience", "choose_by"),
         # the template's text is part of what the rows become, and that is compared
         "data.chat_template",
         # how the batch is cut up: the number of rows of a step is compared
@@ -233,6 +246,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
     optim, lora, rows, micro = recipe.optim, recipe.lora, recipe.rows_per_step, recipe.micro_batch_size
     asked, judges = recipe.eval.max_new_tokens, recipe.eval.judge
     files, share, steps = recipe.data.train_file, recipe.data.validation_share, recipe.grad_accum_steps
+    most, patience, validates = recipe.max_steps, recipe.patience, bool(recipe.data.validation_file) or share > 0
     rules = [
         ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
         ("lora.alpha", lora.alpha, 0 < lora.alpha < math.inf, "above 0"),
@@ -252,6 +266,11 @@ def recipe_problems(recipe: Recipe) -> list[str]:
         ("eval.judge", judges, all(map(_is_judge, judges)), f"of {', '.join(JUDGES)} and FILE.py:FUNCTION"),
         ("eval.max_new_tokens", asked, asked is None or asked >= 1, "at least 1, or null"),
         ("epochs", recipe.epochs, 1 <= recipe.epochs <= MOST, "1 to a million"),
+        ("max_steps", most, most is None or 1 <= most <= MOST, "1 to a million, or null"),
+        ("patience", patience, patience is None or 1 <= patience <= MOST, "1 to a million, or null"),
+        ("patience", patience, patience is None or validates, f"null {NO_ROWS}"),
+        ("choose_by", recipe.choose_by, recipe.choose_by != "val/loss" or validates, f"last {NO_ROWS}"),
+        ("choose_by", recipe.choose_by, recipe.choose_by != "judge" or judges, "last where there is no eval.judge"),
         ("micro_batch_size", micro, micro == "auto" or 1 <= micro <= MOST, "1 to a million, or auto"),
         ("micro_batch_size", micro, micro != "auto" or rows is not None, "a number where rows_per_step is null"),
         ("grad_accum_steps", steps, micro != "auto" or steps == 1, "left out where micro_batch_size is auto"),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from data.batch import Window, empty_window, epoch_order, windows
 from loop.batch_arithmetic import BatchArithmetic
 from loop.model.build import Data
 from loop.recipe import Recipe
-from loop.saving.checkpoint import Checkpoint
+from loop.saving.checkpoint import VALIDATION_ROWS, Checkpoint
 from loop.step import StepResult
 
 
@@ -44,19 +44,53 @@ class Job:
         """What is due after `step` steps; `stop` is a signal that asks the run to stop, or 0.
 
         The recipe's log_every, eval_every and save_every count steps from the beginning of the run. The end of an
-        epoch is always logged and saved, and it is where an eval_every or save_every of 0 falls. A run that is asked
-        to stop is saved first. Nothing is validated where the recipe names no validation file.
+        epoch is always logged and saved, and it is where an eval_every or save_every of 0 falls. The last step is
+        logged, validated and saved. A run that is asked to stop is saved first. With patience each validation is
+        logged, because the run may end there. Nothing is validated without validation rows.
         """
-        every = self.batch.steps_per_epoch
-        epoch_ends = step % every == 0
+        recipe, every, last = self.recipe, self.batch.steps_per_epoch, step == self.batch.total_steps
+        ends = last or step % every == 0
+        validate = len(self.data.validation) > 0 and (last or step % (recipe.eval_every or every) == 0)
         return Due(
-            log=step % self.recipe.log_every == 0 or epoch_ends,
-            validate=len(self.data.validation) > 0 and step % (self.recipe.eval_every or every) == 0,
-            save=step % (self.recipe.save_every or every) == 0 or epoch_ends or stop > 0,
+            log=ends or step % recipe.log_every == 0 or (validate and recipe.patience is not None),
+            validate=validate,
+            save=ends or step % (recipe.save_every or every) == 0 or stop > 0,
         )
 
-    def windows(self, after: int) -> Iterator[Window]:
-        """This rank's share of every window that is left to learn after `after` steps, over all epochs."""
+    def has_to_stay(self, state: "TrainState") -> bool:
+        """Whether the weights after this step may become adapter/, so that they need a checkpoint: those after the
+        last step, and with choose_by val/loss those of a validation that is lower than all before it.
+        """
+        if self.recipe.choose_by == "val/loss" and (lowest := state.lowest) and lowest.step == state.step:
+            return True
+        return self.is_over(state)
+
+    def is_over(self, state: "TrainState") -> bool:
+        """Whether no step is left to learn."""
+        return state.step >= self.batch.total_steps or self.out_of_patience(state) is not None
+
+    def out_of_patience(self, state: "TrainState") -> str | None:
+        """Says why the run ends before its total_steps; None where it goes on, and where it has made all of them."""
+        patience = self.recipe.patience
+        if patience is None or state.step >= self.batch.total_steps or (lowest := state.lowest) is None:
+            return None
+        since = sum(validation.step > lowest.step for validation in state.validations)
+        if since < patience:
+            return None
+        return (
+            f"ended after step {state.step}: val/loss has not been lower than {lowest.loss:.4f} (step {lowest.step}) "
+            f"for {since} validations.\nIt goes on with --resume and a larger --patience."
+        )
+
+    def windows(self, state: "TrainState") -> Iterator[Window]:
+        """This rank's share of every window that is left to learn, until the run is over. `state` has to go on
+        meanwhile."""
+        left = self._windows(state.step)
+        while not self.is_over(state):
+            yield next(left)
+
+    def _windows(self, after: int) -> Iterator[Window]:
+        """This rank's share of the windows of all epochs, without those of the first `after` steps."""
         batch = self.batch
         for epoch in range(after // batch.steps_per_epoch, batch.epochs):
             learned = max(0, after - epoch * batch.steps_per_epoch) * batch.rows_per_step
@@ -125,6 +159,11 @@ class Interval:
         }
 
 
+class Validation(NamedTuple):
+    step: int  # after which the validation was
+    loss: float  # val/loss
+
+
 @dataclass
 class TrainState:
     """Where a run stands: exactly what trainer_state.json of a checkpoint holds."""
@@ -132,7 +171,7 @@ class TrainState:
     step: int  # optimizer steps learned
     updates: int  # the same without the steps that fp16 skipped
     interval: Interval
-    val_loss: float | None  # the loss of the validation after this step, if there was one
+    validations: list[Validation]  # all so far, on the same rows
     run: dict[str, Any]  # the fingerprint (loop/saving/resume.py): a checkpoint is resumed by a run of the same one
 
     @classmethod
@@ -140,23 +179,34 @@ class TrainState:
         """The state before the first step, or the state that `checkpoint` holds.
 
         Each rank goes on with its own losses since the last log line; where the number of ranks is another one, rank 0
-        goes on with all of them.
+        goes on with all of them. Where the validation rows are others by now, the validations before are forgotten.
         """
         if checkpoint is None:
-            return cls(0, 0, Interval(accelerator.device), None, run)
+            return cls(0, 0, Interval(accelerator.device), [], run)
         known: dict[str, Any] = checkpoint.state["interval"] or {"nlls": [0.0], "label_weight": 0.0}
         nlls: list[float] = known["nlls"]
         if len(nlls) != accelerator.num_processes:
             nlls = [sum(nlls)] + [0.0] * (accelerator.num_processes - 1)
         interval = Interval(accelerator.device, nlls[accelerator.process_index], known["label_weight"])
-        return cls(checkpoint.step, checkpoint.updates, interval, checkpoint.state["val_loss"], run)
+        now = run.get(VALIDATION_ROWS)
+        same_rows = checkpoint.state["run"].get(VALIDATION_ROWS, now) == now  # an older version did not say
+        validations = [Validation(step, loss) for step, loss in checkpoint.validations] if same_rows else []
+        return cls(checkpoint.step, checkpoint.updates, interval, validations, run)
+
+    @property
+    def lowest(self) -> Validation | None:
+        """The validation with the lowest loss, the first of them where several are equal; None before the first."""
+        return min(self.validations, key=lambda validation: validation.loss, default=None)
+
+    def validated(self, loss: float) -> None:
+        """Keeps the loss of the validation after this step."""
+        self.validations.append(Validation(self.step, loss))
 
     def advance(self, window: Window, result: StepResult) -> None:
         """Counts a step that was learned."""
         self.step += 1
         self.updates += not result.skipped
         self.interval.add(window, result)
-        self.val_loss = None
 
     def as_json(self) -> dict[str, Any]:
         """The contents of trainer_state.json; every rank enters."""
@@ -168,6 +218,6 @@ class TrainState:
             "step": self.step,
             "updates": self.updates,
             "interval": interval,
-            "val_loss": self.val_loss,
+            "validations": [list(validation) for validation in self.validations],
             "run": self.run,
         }

@@ -6,19 +6,21 @@ accelerate launch --config_file accel_configs/zero3.yaml loop/train.py [--config
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from peft import PeftModel
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from loop.batch_arithmetic import BatchArithmetic, num_launched
-from loop.engine.accelerator import build_accelerator, prepare
+from loop.engine.accelerator import build_accelerator, on_main_process, prepare
 from loop.engine.launcher import obey_launcher
 from loop.guard.guard import Guard
 from loop.guard.learned import check_learned
 from loop.guard.process import Stopped, end_process, exit_codes
 from loop.guard.ranks import Watch
-from loop.measure.phases import ACCOUNT
+from loop.measure.phases import ACCOUNT, measured
 from loop.model.build import (
     build_data,
     build_lr_scheduler,
@@ -29,7 +31,8 @@ from loop.model.build import (
 )
 from loop.planning.decisions import decide, keep_rows_apart
 from loop.recipe import parse_recipe, recipe_as_dict
-from loop.saving.checkpoint import Checkpoint, restore_adapter, save_adapter, save_checkpoint, unwrap
+from loop.saving.adapter import choose, publish_adapter, write_asking
+from loop.saving.checkpoint import Checkpoint, restore_adapter, save_checkpoint, unwrap
 from loop.saving.resume import check_resumable, find_checkpoint, fingerprint, keep_decisions, resume_optimizer
 from loop.saving.run_folder import check_run_folder, create_run_folder
 from loop.state import Interval, Job, Learner, TrainState
@@ -73,9 +76,8 @@ def main(argv: Sequence[str]) -> None:
         ):
             tracking.say(overview(job, decided, inner))
             fit(job, learner, state, guard, tracking)
-            save_adapter(inner, data.template, run_dir / "adapter", accelerator)
-            tracking.say(f"adapter: {run_dir / 'adapter'}")
-            write_usage(run_dir, inner, batch.total_steps, accelerator)
+            publish_chosen(job, state, inner, tracking)
+            write_usage(run_dir, inner, state.step, accelerator)
             check_learned(inner, accelerator)
             tracking.say(f"report: python -m eval.report {shlex.quote(str(run_dir))}")
     accelerator.state.destroy_process_group()
@@ -91,12 +93,12 @@ def build_learner(job: Job, model: Module, optimizer: Optimizer, checkpoint: Che
 def fit(job: Job, learner: Learner, state: TrainState, guard: Guard, tracking: Tracking) -> None:
     """Learns the windows that are left after `state`; every rank enters.
 
-    Job.due says when it logs, validates and saves. After a signal it saves and raises Stopped.
+    Job says when it logs, validates and saves, and when it is over. After a signal it saves and raises Stopped.
     """
     model, optimizer, lr_scheduler = learner.model, learner.optimizer, learner.lr_scheduler
     max_grad_norm, accelerator = job.recipe.optim.max_grad_norm, job.accelerator
     model.train()
-    for window in ACCOUNT.steps(job.windows(after=state.step)):
+    for window in ACCOUNT.steps(job.windows(state)):
         seed_dropout(job.recipe.seed, state.step, accelerator.process_index)
         result = train_step(window, model, optimizer, lr_scheduler, max_grad_norm, accelerator)
         state.advance(window, result)
@@ -105,17 +107,19 @@ def fit(job: Job, learner: Learner, state: TrainState, guard: Guard, tracking: T
         metrics = state.interval.metrics(result, accelerator) if due.log else {}
         if due.validate:
             losses = validate(job.validation_windows(), model, accelerator)
-            state.val_loss = guard.check_validation(state.step, losses["val/loss"])
+            state.validated(guard.check_validation(state.step, losses["val/loss"]))
             metrics |= losses
         tracking.advance(state.step)
         if metrics:
             tracking.log(state.step, metrics)
-        if due.save:
+        if due.save or job.has_to_stay(state):
             folder = save(job, learner, state)
         if stop:
             raise Stopped(stop, f"stopped after step {state.step} as asked; go on with --resume {folder}")
         if due.log:
             state.interval = Interval(accelerator.device)
+    if ended := job.out_of_patience(state):
+        tracking.say(ended)
 
 
 def save(job: Job, learner: Learner, state: TrainState) -> Path:
@@ -124,6 +128,18 @@ def save(job: Job, learner: Learner, state: TrainState) -> Path:
     resumed_from = job.checkpoint.folder if job.checkpoint else None
     contents = state.as_json()
     return save_checkpoint(model, learner.optimizer, job.run_dir, contents, limit, resumed_from, job.accelerator)
+
+
+@measured("save")
+def publish_chosen(job: Job, state: TrainState, model: PeftModel, tracking: Tracking) -> None:
+    """Makes adapter/ of the checkpoint that the recipe's choose_by means, and says which; every rank enters."""
+
+    def publish() -> None:
+        choice = choose(job.run_dir, job.recipe.choose_by, state.validations)
+        publish_adapter(job.run_dir, choice, partial(write_asking, job.data.template, model.get_base_model()))
+        tracking.say(f"adapter: {job.run_dir / 'adapter'} (step {choice.step} of {state.step}, {choice.reason})")
+
+    on_main_process(publish, job.accelerator)
 
 
 if __name__ == "__main__":

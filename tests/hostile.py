@@ -6,6 +6,7 @@ Each case makes its files in a folder of its own and says what the one message h
 import gzip
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -394,6 +395,25 @@ CASES: dict[str, Case] = {
     "recipe: a number for a section": recipe("+\noptim: 5\n", "optim is 5"),
     "recipe: a section left out": recipe("+\nmodel: null\n", "model.name_or_path"),
     "recipe: zero epochs": arguments("epochs is 0", "--epochs", "0"),
+    "recipe: no step": arguments("max_steps is 0", "--max_steps", "0"),
+    "recipe: steps in words": arguments("max_steps", "--max_steps", "many"),
+    "recipe: more steps than a machine counts": arguments("max_steps is", "--max_steps", "1" + "0" * 30),
+    "recipe: nothing but warm-up, cut short": arguments("Give --max_steps 2, or a smaller", "--max_steps", "1"),
+    "recipe: no patience": arguments("patience is 0", "--patience", "0"),
+    "recipe: patience NaN": recipe("+\npatience: .nan\n", "patience"),
+    "recipe: patience without a validation": arguments(
+        "patience is 2, but has to be null", "--patience", "2", "--data.validation_file", "null"
+    ),
+    "recipe: patience where no validation row is left": data(
+        json.dumps({"instruction": "x " * 100, "output": "y"}),
+        "patience needs validation rows, and none is left",
+        "--data.validation_file",
+        ["--patience", "2", "--data.too_long", "drop"],
+    ),
+    "recipe: a choice of nobody": arguments("choose_by", "--choose_by", "the best"),
+    "recipe: the lowest of no validation": arguments(
+        "choose_by is val/loss, but has to be last", "--choose_by", "val/loss", "--data.validation_file", "null"
+    ),
     "recipe: negative batch": arguments("micro_batch_size is -1", "--micro_batch_size", "-1"),
     "recipe: zero accumulation": arguments("grad_accum_steps is 0", "--grad_accum_steps", "0"),
     "recipe: more epochs than a machine counts": arguments("epochs is", "--epochs", "1" + "0" * 30),
@@ -525,6 +545,9 @@ CASES: dict[str, Case] = {
     "checkpoint: beyond the end": state("1000 steps are learned", step=1000, updates=1000),
     "checkpoint: more updates than steps": state("trainer_state.json", updates=5),
     "checkpoint: no account of its run": state("trainer_state.json", run="gone"),
+    "checkpoint: validations in words": state("trainer_state.json", validations="many"),
+    "checkpoint: a validation that is not finite": state("trainer_state.json", validations=[[1, math.nan]]),
+    "checkpoint: a validation after its own step": state("trainer_state.json", validations=[[1000, 0.5]]),
     "checkpoint: losses in words": state("trainer_state.json", interval={"nlls": "many", "label_weight": 5}),
     "checkpoint: another model's adapter": retensor(
         "adapter_model.safetensors",

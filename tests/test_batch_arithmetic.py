@@ -1,5 +1,6 @@
 """Rows of a step, steps, and warm-up, against numbers counted by hand."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -91,6 +92,44 @@ def test_a_run_that_is_nothing_but_warm_up_is_refused() -> None:
     for fixed in (("--epochs", "2"), ("--epochs", "1", "--optim.warmup_ratio", "0")):
         schedule(3, *fixed).check_schedule()
     schedule(3, "--epochs", "1", "--micro_batch_size", "1").check_schedule()
+
+
+def test_max_steps_counts_steps_and_cuts_no_more_than_there_is() -> None:
+    """Seven rows, four a step: two steps an epoch."""
+    for most, total, cut_short in ((1, 1, True), (3, 3, True), (4, 4, False), (5, 4, False), (None, 4, False)):
+        made = schedule(7, "--epochs", "2", *(("--max_steps", str(most)) if most else ()))
+        assert (made.total_steps, made.cut_short) == (total, cut_short), most
+
+
+def test_a_warm_up_that_max_steps_cuts_short_is_refused_with_the_number_that_helps() -> None:
+    with pytest.raises(
+        UserError, match=r"1 of the 1 steps .* 3 epochs \(max_steps 1\).\) Give --max_steps 2, or a smaller"
+    ):
+        schedule(7, "--epochs", "3", "--max_steps", "1").check_schedule()
+    schedule(7, "--epochs", "3", "--max_steps", "2").check_schedule()
+    with pytest.raises(UserError, match=r"Give --epochs 2 --max_steps 2, or a smaller"):
+        schedule(3, "--epochs", "1", "--max_steps", "1").check_schedule()
+    schedule(3, "--epochs", "2", "--max_steps", "2").check_schedule()
+
+
+@pytest.mark.parametrize(("most", "warmup"), [(7, 3), (10, 4), (30, 4)])
+def test_the_schedule_runs_over_max_steps(most: int, warmup: int) -> None:
+    """The closed form: in a line to the peak, and half a cosine to 0 at the end."""
+    ratio = ("--optim.warmup_ratio", "0.4") if most < 30 else ("--optim.warmup_ratio", "0.3")
+    words = ["--config", str(DEBUG), "--epochs", "6", "--max_steps", str(most), *ratio]
+    recipe = parse_recipe(words)[1]
+    batch = BatchArithmetic.of(recipe, 1, 7)
+    total = min(most, 12)
+    assert (batch.total_steps, batch.warmup_steps) == (total, warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.optim.lr)
+    scheduler = build_lr_scheduler(recipe, optimizer, batch.total_steps)
+    for step in range(total):
+        falling = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        expected = recipe.optim.lr * (step / warmup if step < warmup else falling)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9, abs=1e-15)
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-15)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.03, 0.34, 0.5, 0.8, 0.95])

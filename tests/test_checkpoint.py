@@ -1,10 +1,10 @@
 """An adapter file is believed only after it was read back."""
 
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from data.errors import UserError
 from data.template import ChatTemplate
 from loop.guard.process import RunError
 from loop.recipe import parse_recipe
+from loop.saving.adapter import Choice, publish_adapter, write_asking
 from loop.saving.checkpoint import (
     check_adapter,
     clear_up,
     list_checkpoints,
     load_checkpoint,
-    save_adapter,
     save_checkpoint,
 )
+from loop.saving.publish import publish
 from loop.saving.resume import find_checkpoint
 from tests.hostile import EVIL, flip_bit
 
@@ -49,13 +50,13 @@ def test_saved_adapter_is_the_models(model: PeftModel, tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    save_adapter(model, None, tmp_path / "adapter", Accelerator(cpu=True))
+    publish_adapter(tmp_path, Choice(save(model, tmp_path, 1), "last", {}), lambda folder: None)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY), str(tmp_path / "adapter"))
     ours = {name: p for name, p in model.named_parameters() if "lora" in name}
     theirs = {name: p for name, p in loaded.named_parameters() if "lora" in name}
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"], "nothing is left beside it"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "checkpoints"], "nothing is left beside it"
 
 
 def test_the_adapter_folder_asks_as_the_run_did(model: PeftModel, tmp_path: Path) -> None:
@@ -63,7 +64,8 @@ def test_the_adapter_folder_asks_as_the_run_did(model: PeftModel, tmp_path: Path
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
     template = ChatTemplate(tokenizer, "Be short.")
-    save_adapter(model, template, tmp_path / "adapter", Accelerator(cpu=True))
+    asking = partial(write_asking, template, model.get_base_model())
+    publish_adapter(tmp_path, Choice(save(model, tmp_path, 1), "last", {}), asking)
     opened = AutoTokenizer.from_pretrained(tmp_path / "adapter")
     row = question(1, "5=", "2 + 3")
     turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "5="}]
@@ -78,16 +80,17 @@ def test_the_adapter_folder_asks_as_the_run_did(model: PeftModel, tmp_path: Path
 RUN = {"recipe": {}, "model_sha256": "", "train_file_sha256": "", "rows_per_step": 1, "mixed_precision": "no"}
 
 
-def state(step: int, val_loss: float | None = None) -> dict[str, object]:
-    return {"step": step, "updates": step, "interval": None, "val_loss": val_loss, "run": RUN}
+def state(step: int, losses: Mapping[int, float] | None = None) -> dict[str, object]:
+    validations = [list(validation) for validation in (losses or {}).items()]
+    return {"step": step, "updates": step, "interval": None, "validations": validations, "run": RUN}
 
 
-def save(model: PeftModel, run_dir: Path, step: int, limit: int = 9, val_loss: float | None = None) -> Path:
+def save(model: PeftModel, run_dir: Path, step: int, limit: int = 9, losses: Mapping[int, float] | None = None) -> Path:
     """A checkpoint after one real update of `model`."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
     optimizer.step()
-    return save_checkpoint(model, optimizer, run_dir, state(step, val_loss), limit, None, Accelerator(cpu=True))
+    return save_checkpoint(model, optimizer, run_dir, state(step, losses), limit, None, Accelerator(cpu=True))
 
 
 def names(run_dir: Path) -> list[str]:
@@ -104,24 +107,18 @@ def test_only_the_newest_checkpoints_stay(model: PeftModel, tmp_path: Path) -> N
 
 
 def test_the_best_and_the_one_resumed_from_stay(model: PeftModel, tmp_path: Path) -> None:
-    save(model, tmp_path, 1, 1, val_loss=3.0)
-    save(model, tmp_path, 2, 1, val_loss=1.0)
-    save(model, tmp_path, 3, 1)
-    save(model, tmp_path, 4, 1, val_loss=2.0)
+    losses = {1: 3.0, 2: 1.0, 4: 2.0}
+    for step in (1, 2, 3, 4):
+        save(model, tmp_path, step, 1, {at: loss for at, loss in losses.items() if at <= step})
     assert names(tmp_path) == ["step-000002", "step-000004"]
     resumed = load_checkpoint(tmp_path / "checkpoints" / "step-000004")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for p in optimizer.param_groups[0]["params"]:
         optimizer.state[p] = {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     for step in (5, 6):
-        save_checkpoint(model, optimizer, tmp_path, state(step, 5.0), 1, resumed.folder, Accelerator(cpu=True))
+        now = state(step, losses | {5: 5.0})
+        save_checkpoint(model, optimizer, tmp_path, now, 1, resumed.folder, Accelerator(cpu=True))
     assert names(tmp_path) == ["step-000002", "step-000004", "step-000006"]
-
-
-def test_a_loss_that_is_no_number_is_never_the_best(model: PeftModel, tmp_path: Path) -> None:
-    for step, loss in enumerate((math.nan, 0.5, 0.9), start=1):
-        save(model, tmp_path, step, 1, val_loss=loss)
-    assert names(tmp_path) == ["step-000002", "step-000003"]
 
 
 def test_later_checkpoints_are_set_aside(model: PeftModel, tmp_path: Path) -> None:
@@ -247,7 +244,7 @@ def test_what_resume_means(
 def test_what_cannot_be_written_is_an_error(model: PeftModel, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"file/adapter could not be written"):
-        save_adapter(model, None, tmp_path / "file" / "adapter", Accelerator(cpu=True))
+        publish(tmp_path / "file" / "adapter", lambda folder: None)
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "empty", "changed", "nan"])
@@ -280,8 +277,8 @@ def test_a_full_disk_is_one_error(model: PeftModel, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(model, "save_pretrained", full)
     with pytest.raises(RunError, match="No space left on device"):
-        save_adapter(model, None, tmp_path / "adapter", Accelerator(cpu=True))
-    assert not (tmp_path / "adapter").exists()
+        save(model, tmp_path, 1)
+    assert names(tmp_path) == []
 
 
 def test_checkpoints_may_be_a_link_to_a_larger_disk(model: PeftModel, tmp_path: Path) -> None:

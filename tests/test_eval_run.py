@@ -1,7 +1,9 @@
 """Tests what eval.run asks, what it refuses, and what it writes into the run folder."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from eval.answers.settings import Settings
 from eval.judging.judges import build_judge
 from eval.judging.scores import compare_models, judge_all, score_of
 from eval.questions import Examination, examination
-from eval.run import Results, parse, show, write_results
+from eval.run import Results, choose_best, parse, show, write_results
 from loop.model.build import build_template
 from loop.recipe import ROOT, parse_recipe, recipe_as_dict
+from loop.saving.publish import write_manifest
 from tests.sample_runs import usage, write_evaluation, write_run
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
@@ -81,10 +84,10 @@ def test_a_text_asks_nothing(run: Path, tmp_path: Path) -> None:
         examined("--run", str(run), "--data", str(file), "--judge", "exact")
 
 
-def change_recipe(run: Path, **sections: dict[str, Any]) -> None:
+def change_recipe(run: Path, **sections: Any) -> None:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     for section, values in sections.items():
-        recipe[section] |= values
+        recipe[section] = recipe[section] | values if isinstance(values, dict) else values
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True))
 
 
@@ -140,6 +143,37 @@ def test_a_judge_that_calls_the_rows_own_answers_wrong_is_said(run: Path, tmp_pa
     assert examined(*words, "exact").warnings == []
     (warning,) = examined(*words, "regex:b").warnings
     assert warning == "the judge regex:b calls 1 of 2 rows' own answers wrong, row 2: does not match 'b'"
+
+
+def test_the_checkpoint_that_is_best_by_the_judge_becomes_the_adapter(run: Path) -> None:
+    """Of three checkpoints two are equally good: the earlier one is chosen, and its answers are the tuned model's."""
+    for number, step in enumerate((10, 20, 30)):
+        folder = run / "checkpoints" / f"step-{step:06d}"
+        shutil.copytree(run / "adapter", folder)
+        held = load_file(folder / ADAPTER.name)
+        save_file({name: tensor + number for name, tensor in held.items()}, folder / ADAPTER.name)
+        for name in ("optimizer.safetensors", "trainer_state.json"):
+            (folder / name).touch()
+        write_manifest(folder)
+    words = ["--run", str(run), "--checkpoints", "all", "--limit", "3"]
+    assert [q.label for q in examined(*words).questions] == [
+        *("base", "step-000010", "step-000020", "step-000030", "tuned")
+    ]
+    change_recipe(run, choose_by="judge")
+    examination = examined(*words)
+    assert [q.label for q in examination.questions] == ["base", "step-000010", "step-000020", "step-000030"]
+    (run / "adapter" / "tokenizer.json").write_text("kept")
+    found = results(base=BASE, **{"step-000010": BASE, "step-000020": TUNED, "step-000030": TUNED})
+    accuracies = {"step-000010": 0.5, "step-000020": 0.75, "step-000030": 0.75}
+    scores = {label: replace(score, accuracy=accuracies.get(label, 0.0)) for label, score in found.scores.items()}
+    assert choose_best(examination, scores) == "step-000020"
+    best = run / "checkpoints" / "step-000020" / ADAPTER.name
+    assert (run / ADAPTER).read_bytes() == best.read_bytes()
+    assert (run / "adapter" / "tokenizer.json").read_text() == "kept"
+    assert json.loads((run / "adapter" / "chosen.json").read_text()) == {
+        **{"step": 20, "by": "sums", "value": 0.75},
+        "of": {"10": 0.5, "20": 0.75, "30": 0.75},
+    }
 
 
 WRONG_OPTIONS = {
@@ -206,7 +240,7 @@ def results(judges: Sequence[str] = ("sums",), **answers: Sequence[str]) -> Resu
     judged = {label: judge_all(rows, asked(*texts), built) for label, texts in answers.items()}
     scores = {label: score_of(judged[label], asked(*answers[label]), 0) for label in answers}
     about = {"data": "rows.jsonl", "num_questions": 3, "judges": list(judges), "max_new_tokens": 64, "samples": 1}
-    compared = compare_models(judged["base"], judged["tuned"]) if "base" in judged else {}
+    compared = compare_models(judged["base"], judged["tuned"]) if {"base", "tuned"} <= judged.keys() else {}
     return Results(about, judged, scores, compared)
 
 

@@ -158,6 +158,19 @@ def test_every_number_of_gpus_learns_the_same_rows_a_step(capsys: pytest.Capture
     assert "Set --micro_batch_size 8" in capsys.readouterr().out
 
 
+def test_max_steps_are_the_steps_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """57 steps an epoch. The last learning rate is that of step 60, almost 0 at the end of the cosine over 60 steps."""
+    one = [*TINY, "--epochs", "5", "--accel", str(CONFIGS / "zero0.yaml"), "--gpus", "1"]
+    result = planned([*one, "--max_steps", "60"], capsys)
+    assert [estimate["steps"] for estimate in result["estimates"]] == [60]
+    step, rate = result["learning_rates"][-1]
+    warmup = math.ceil(0.03 * 60)
+    assert (step, rate) == (60, pytest.approx(1.5e-3 * (1 + math.cos(math.pi * (59 - warmup) / (60 - warmup)))))
+    longer = planned([*one, "--max_steps", "1000"], capsys)
+    assert [estimate["steps"] for estimate in longer["estimates"]] == [5 * 57]
+    assert "max_steps is 1000, but there are only 285 steps." in longer["notes"]
+
+
 def test_dry_run_shows_rows_masks_and_configuration(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,17 @@ def test_written_recipe_reads_back(tmp_path: Path) -> None:
         (["--epochs", "two"], "epochs"),
         (["--epochs", "1.5"], "epochs"),
         (["--epochs", "0"], "epochs is 0, but has to be 1 to a million"),
+        (["--max_steps", "0"], "max_steps is 0, but has to be 1 to a million, or null"),
+        (["--max_steps", "-5"], "max_steps is -5"),
+        (["--max_steps", "2.5"], "max_steps"),
+        (["--max_steps", "1000001"], "max_steps is 1000001"),
+        (["--patience", "0"], "patience is 0, but has to be 1 to a million, or null"),
+        (["--patience", "long"], "patience"),
+        (["--patience", "3", "--data.validation_file", "null"], "patience is 3, but has to be null where there are no"),
+        (["--patience", "3", "--data.validation_file", "[]"], "patience is 3, but has to be null where there are no"),
+        (["--choose_by", "best"], "choose_by"),
+        (["--choose_by", "null"], "choose_by"),
+        (["--choose_by", "val/loss", "--data.validation_file", "null"], "choose_by is val/loss, but has to be last"),
         (["--micro_batch_size", "-1"], "micro_batch_size is -1"),
         (["--grad_accum_steps", "0"], "grad_accum_steps is 0"),
         (["--rows_per_step", "0"], "rows_per_step is 0, but has to be 1 to a million, or null"),
@@ -83,6 +94,10 @@ def test_written_recipe_reads_back(tmp_path: Path) -> None:
         (
             ["--eval.judge", "[sums, exactly]"],
             "eval.judge is ('sums', 'exactly'), but has to be of sums, exact, contains",
+        ),
+        (
+            ["--choose_by", "judge", "--eval.judge", "[]"],
+            "choose_by is judge, but has to be last where there is no eval",
         ),
         (["--eval.max_new_tokens", "0"], "eval.max_new_tokens is 0, but has to be at least 1, or null"),
         (["--gradient_checkpointing", "sometimes"], "gradient_checkpointing"),
@@ -147,4 +162,10 @@ def test_run_options_are_keys_of_the_recipe() -> None:
     sections = {key: value for key, value in values.items() if isinstance(value, dict)}
     keys = {*(values.keys() - sections.keys()), *(f"{name}.{key}" for name, inner in sections.items() for key in inner)}
     assert keys >= RUN_OPTIONS
-    assert {"optim.lr", "lora.rank", "data.system_prompt", "seed", "epochs"} <= keys - RUN_OPTIONS
+    assert {"optim.lr", "lora.rank", "data.system_prompt", "seed", "epochs", "max_steps"} <= keys - RUN_OPTIONS
+    assert {"patience", "choose_by"} <= RUN_OPTIONS, "until it ends, the run is the same"
+
+
+def test_rows_that_are_held_out_are_enough_for_patience() -> None:
+    held_out = ["--data.validation_file", "null", "--data.validation_share", "0.1"]
+    assert parse_recipe([*held_out, "--patience", "3", "--choose_by", "val/loss"])[1].patience == 3

@@ -156,6 +156,23 @@ def test_more_epochs_or_rows_go_on_and_say_what_that_is() -> None:
     assert "It is not the run that would have begun with them" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "before", "now"),
+    [
+        (["--max_steps", "3"], "2 epochs", "2 epochs (max_steps 3) and 7 rows: 3 steps"),
+        (["--epochs", "9", "--max_steps", "5"], "2 epochs", "9 epochs (max_steps 5) and 7 rows: 5 steps"),
+    ],
+)
+def test_max_steps_is_another_length_as_epochs_are(arguments: list[str], before: str, now: str) -> None:
+    said = resumed(SEVEN, SEVEN, *arguments, steps=3)
+    assert f"until step 3 this was a run of {before}. From here it goes on as one of {now}" in said
+
+
+def test_max_steps_that_changes_no_step_needs_no_note() -> None:
+    for arguments in (["--max_steps", "4"], ["--max_steps", "99"], ["--epochs", "9", "--max_steps", "4"]):
+        assert resumed(SEVEN, SEVEN, *arguments) == "", arguments
+
+
 def test_rows_that_were_changed_are_refused() -> None:
     for changed in ([EIGHTH, *SEVEN], SEVEN[:6], [*SEVEN[:6], EIGHTH], [*SEVEN[:6], EIGHTH, EIGHTH], SEVEN[::-1]):
         with pytest.raises(UserError, match=r"data.train_file: .* is not that of the run's file. \(Rows may be added"):
@@ -171,6 +188,8 @@ def test_the_same_rows_in_another_file_are_the_same_run() -> None:
 def test_a_run_is_not_made_shorter_than_it_is() -> None:
     with pytest.raises(UserError, match=r"4 steps are learned, and the run would have 2. Give more epochs"):
         resumed(SEVEN, SEVEN, "--epochs", "1")
+    with pytest.raises(UserError, match=r"4 steps are learned, and the run would have 3. Give a larger max_steps"):
+        resumed(SEVEN, SEVEN, "--max_steps", "3")
     assert "this was a run of 2 epochs" in resumed(SEVEN, SEVEN, "--epochs", "1", steps=2)
 
 

@@ -17,7 +17,7 @@ import yaml
 from data.errors import UserError
 from eval import stages
 from eval.comparing.accel_files import DEFAULT_CONFIGURATIONS, read_configurations
-from eval.comparing.comparison import Comparison, only_one, write_comparison, write_whole
+from eval.comparing.comparison import Comparison, check_recipe, only_one, write_comparison, write_whole
 from eval.comparing.configuration_run import is_done, training_command
 from eval.comparing.launch import GUARD, MARK, end_processes, failure_reason, run_command
 from eval.comparing.progress import Progress, last_step
@@ -77,6 +77,12 @@ def test_a_training_is_launched_as_a_user_would(tmp_path: Path) -> None:
         *("--config", DEBUG, "--epochs", "1"),
         *("--run_dir", str(tmp_path / "run"), "--tracker", "null"),
     ]
+
+
+@pytest.mark.parametrize(("most", "steps"), [("3", 3), ("99", 4)])
+def test_the_progress_counts_the_steps_up_to_max_steps(most: str, steps: int, tmp_path: Path) -> None:
+    """The debug recipe: two epochs of seven rows, four a step."""
+    assert check_recipe(planned(tmp_path, "--accel", ONE, "--", "--max_steps", most, "--rows_per_step", "4")) == steps
 
 
 def without(tmp_path: Path, key: str) -> str:

@@ -17,7 +17,7 @@ from eval.comparing.accel_files import Configuration, read_configurations
 from eval.files import user_error
 from eval.nested import without_nesting
 from eval.peak import machine, matmul_peak
-from loop.batch_arithmetic import settle_accumulation
+from loop.batch_arithmetic import num_steps, settle_accumulation
 from loop.model.build import build_data, build_tokenizer, check_model
 from loop.recipe import Recipe, parse_recipe, recipe_as_dict
 from loop.saving.run_folder import PACKAGES, write_json
@@ -163,7 +163,8 @@ def check_recipe(comparison: Comparison) -> int:
     tokenizer = build_tokenizer(comparison.recipe)
     data = build_data(comparison.recipe, tokenizer)
     check_model(comparison.recipe)
-    return comparison.recipe.epochs * num_windows(len(data.train), comparison.rows_per_step)
+    recipe, steps_per_epoch = comparison.recipe, num_windows(len(data.train), comparison.rows_per_step)
+    return num_steps(steps_per_epoch, recipe.epochs, recipe.max_steps)
 
 
 @contextmanager

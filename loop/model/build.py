@@ -102,6 +102,10 @@ def build_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Data:
     train = {find_data(name): times for name, times in data_files(data.train_file).items()}
     validation = [find_data(name) for name in data_files(data.validation_file)]
     loaded = Loaded.opened(*once_per_machine(lambda: load(train, validation, reading).shared()))
+    needing = {"patience": recipe.patience is not None, "choose_by": recipe.choose_by == "val/loss"}
+    if not loaded.validation and any(needing.values()):
+        key = next(key for key, needs in needing.items() if needs)
+        raise UserError(f"{key} needs validation rows, and none is left. Leave it out, or raise data.max_length.")
     rows = repeated(loaded.train, loaded.times)
     return Data(rows, loaded.validation, PAD, parts=loaded.parts, tallies=loaded.tallies, template=template)
 

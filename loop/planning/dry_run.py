@@ -71,8 +71,12 @@ def contradictions(recipe: Recipe, data: Data | None, model: Any, steps: int, ro
     rows."""
     if data and (warning := found.attempt(lambda: check_limits(model.get_base_model(), [data.train, data.validation]))):
         found.notes.append(f"{warning}.")
-    for key, value in (("log_every", recipe.log_every), ("save_every", recipe.save_every)):
-        if value > steps:
+    for key, value in (
+        ("log_every", recipe.log_every),
+        ("save_every", recipe.save_every),
+        ("max_steps", recipe.max_steps),
+    ):
+        if value is not None and value > steps:
             found.notes.append(f"{key} is {value}, but there are only {steps} steps.")
     if recipe.micro_batch_size != "auto" and recipe.micro_batch_size > rows:
         found.notes.append(f"micro_batch_size is {recipe.micro_batch_size}, but there are only {rows} rows.")

@@ -10,7 +10,7 @@ from data.batch import epoch_order, windows
 from data.errors import UserError
 from data.examples import Example, label_lengths_of, lengths_of
 from data.layout import Layout, MicroBatch, collate
-from loop.batch_arithmetic import BatchArithmetic, in_numbers
+from loop.batch_arithmetic import BatchArithmetic, in_numbers, num_steps
 from loop.internals.deepspeed_internals import is_fetched_as_a_whole
 from loop.measure.flops import Batch, MatrixProducts, count_computed, matrix_products
 from loop.planning.activations import Activations, measure_step
@@ -245,7 +245,7 @@ def estimate(subject: Subject, launch: Launch, hardware: Hardware) -> Estimate:
         host_steady=host_steady,
         traffic=sent,
         flops=flops,
-        steps=steps * subject.recipe.epochs,
+        steps=num_steps(steps, subject.recipe.epochs, subject.recipe.max_steps),
         epochs=subject.recipe.epochs,
         tokens=tokens,
         seconds=_seconds(flops / n, sent, hardware),

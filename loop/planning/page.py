@@ -161,7 +161,8 @@ def page(
         f"batching {batching}",
     ]
     if estimates:
-        parts += [f"{recipe.epochs} epochs of {estimates[0].tokens:,} tokens"]
+        most = "" if recipe.max_steps is None else f", but {recipe.max_steps:,} steps at most"
+        parts += [f"{recipe.epochs} epochs of {estimates[0].tokens:,} tokens{most}"]
     if shown:
         where = f"{shown.launch.name} on {shown.launch.processes}"
         parts += ["\n== learning rate", f"at the {shown.steps} steps of {where}:"]

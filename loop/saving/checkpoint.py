@@ -10,9 +10,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,11 +22,8 @@ from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from data.errors import UserError
-from data.template import ChatTemplate
 from loop.engine.accelerator import on_main_process
 from loop.engine.optimizer_state import MOMENTS, gather_optimizer, shape_of, trainable_parameters
 from loop.guard.process import RunError
@@ -39,7 +35,9 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
-WRITTEN = {ADAPTER, OPTIMIZER, STATE, "adapter_config.json", "README.md"}  # the last two by PEFT
+OF_ADAPTER = (ADAPTER, "adapter_config.json", "README.md")  # what PEFT writes of an adapter
+WRITTEN = {*OF_ADAPTER, OPTIMIZER, STATE}
+VALIDATION_ROWS = "validation_tokens_sha256"  # key of a run's fingerprint: which rows val/loss is of
 
 
 @dataclass(frozen=True)
@@ -69,31 +67,18 @@ class Checkpoint:
         """Steps learned, without those that fp16 skipped."""
         return int(self.state["updates"])
 
+    @property
+    def validations(self) -> list[tuple[int, float]]:
+        """The step and val/loss of each validation so far; of an older version's checkpoint, that of its own step."""
+        if "validations" in self.state:
+            return [(step, loss) for step, loss in self.state["validations"]]
+        return [] if self.state["val_loss"] is None else [(self.step, self.state["val_loss"])]
+
 
 def unwrap(model: torch.nn.Module, accelerator: Accelerator) -> PeftModel:
     """The PEFT model inside what accelerate, DeepSpeed, DDP and torch.compile have wrapped around it."""
     inner: PeftModel = accelerator.unwrap_model(model, keep_torch_compile=False)
     return inner
-
-
-@measured("save")
-def save_adapter(model: PeftModel, template: ChatTemplate | None, folder: Path, accelerator: Accelerator) -> None:
-    """Writes the adapter to `folder` in PEFT's format, and beside it what asks the model as it was trained: tokenizer,
-    chat template, and a generation_config.json with the tokens at which an answer ends. Every rank enters.
-
-    Raises RunError when it cannot be written.
-    """
-    tensors = gather_adapter(model, accelerator)
-
-    def write(beside: Path) -> None:
-        write_adapter(model, tensors, beside)
-        if template is not None:
-            template.tokenizer.save_pretrained(beside)
-            config = deepcopy(getattr(model.get_base_model(), "generation_config", None)) or GenerationConfig()
-            config.eos_token_id = sorted(template.stop_tokens(config))
-            config.to_json_file(beside / GENERATION_CONFIG_NAME)  # save_pretrained refuses what some models come with
-
-    on_main_process(lambda: publish(folder, write), accelerator)
 
 
 @measured("save")
@@ -108,7 +93,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes checkpoints/step-<state["step"]> and then deletes old ones; every rank enters.
 
-    The newest `save_total_limit` checkpoints stay, that of the lowest val_loss, and that of the folder `resumed_from`.
+    The newest `save_total_limit` checkpoints stay, that of the lowest val/loss, and that of the folder `resumed_from`.
     Raises RunError on every rank when it cannot be written.
     """
     adapter = gather_adapter(model, accelerator)
@@ -123,7 +108,7 @@ def save_checkpoint(
 
     def write_and_delete() -> None:
         publish(folder, write)
-        delete_old(folder, save_total_limit, resumed_from)
+        delete_old(folder, save_total_limit, resumed_from, state["validations"])
 
     on_main_process(write_and_delete, accelerator)
     return folder
@@ -208,13 +193,20 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def delete_old(newest: Path, save_total_limit: int, resumed_from: Path | None) -> None:
-    """Deletes the checkpoints that save_checkpoint does not keep."""
+def lowest(folders: Iterable[Path], losses: Mapping[int, float]) -> Path | None:
+    """The checkpoint of the lowest of `losses`, which has them by their steps; None where no checkpoint has one."""
+    validated = [folder for folder in folders if step_of(folder) in losses]
+    return min(validated, key=lambda folder: losses[step_of(folder)], default=None)
+
+
+def delete_old(
+    newest: Path, save_total_limit: int, resumed_from: Path | None, validations: Sequence[tuple[int, float]]
+) -> None:
+    """Deletes the checkpoints that save_checkpoint does not keep. `validations` are steps and their val/loss."""
     folders = list_checkpoints(newest.parent.parent)
     keep = {newest, *folders[-save_total_limit:]} | ({resumed_from} if resumed_from else set())
-    losses = {folder: loss for folder in folders if (loss := _val_loss(folder)) is not None}
-    if losses:
-        keep.add(min(losses, key=lambda folder: losses[folder]))
+    if best := lowest(folders, dict(validations)):
+        keep.add(best)
     for folder in folders:
         if folder.resolve() not in {kept.resolve() for kept in keep}:
             _delete(folder)
@@ -228,15 +220,6 @@ def _delete(folder: Path) -> None:
         shutil.rmtree(nameless)
     except OSError as error:
         raise RunError(f"{folder} is old and could not be deleted: {error}. Make it writable.") from error
-
-
-def _val_loss(folder: Path) -> float | None:
-    """The validation loss that a checkpoint holds; None where there is none or the folder is damaged."""
-    try:
-        loss = json.loads((folder / STATE).read_text(encoding="utf-8"))["val_loss"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -275,7 +258,8 @@ def _nonsense(checkpoint: Checkpoint) -> str | None:
             and 0 <= weight < math.inf
             and len(nlls) > 0
             and all(type(nll) is float and math.isfinite(nll) for nll in nlls)
-            and isinstance(state["val_loss"], float | None)
+            and all(type(step) is int and 0 < step <= state["step"] for step, _ in checkpoint.validations)
+            and all(type(loss) is float and math.isfinite(loss) for _, loss in checkpoint.validations)
             and isinstance(run["recipe"], dict)
             and isinstance(run["model_sha256"], str)
             and isinstance(run["train_file_sha256"], str)

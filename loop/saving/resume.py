@@ -21,6 +21,7 @@ from loop.model.build import Data
 from loop.recipe import RUN_OPTIONS, Recipe, recipe_as_dict
 from loop.saving.checkpoint import (
     CHECKPOINTS,
+    VALIDATION_ROWS,
     Checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -29,6 +30,7 @@ from loop.saving.checkpoint import (
 )
 from loop.saving.content import data_sha256, model_sha256
 
+LENGTH = ("epochs", "max_steps")  # keys of the recipe that say how long a run is
 DECIDED = ("batching", "gradient_checkpointing", "micro_batch_size")  # keys of the recipe that may say auto
 
 
@@ -126,6 +128,7 @@ def fingerprint(recipe: Recipe, data: Data, batch: BatchArithmetic, accelerator:
         **hashes[0],
         "train_rows": len(data.train),
         "train_tokens_sha256": rows,
+        VALIDATION_ROWS: sha256_of(data.validation),
         "rows_per_step": batch.rows_per_step,
         "mixed_precision": mixed_precision(accelerator),
     }
@@ -141,8 +144,8 @@ def check_resumable(
 ) -> None:
     """Raises UserError, with the list of differences, when going on would not be the same run; every rank enters.
 
-    `now` is this run's fingerprint. Another number of epochs, and more rows behind those of the run, are no reason to
-    refuse: the run goes on with the schedule and the order of rows that it would have by now, and says so.
+    `now` is this run's fingerprint. Another number of epochs or max_steps, and more rows behind those of the run, are
+    no reason to refuse: the run goes on with the schedule and the order of rows that it would have by now, and says so.
     """
     steps = gather_object([checkpoint.step if checkpoint else None])  # collective
     if len(set(steps)) > 1:
@@ -153,11 +156,12 @@ def check_resumable(
     differences = [
         f"{key}: {old} then, {new} now"
         for key, old, new in _pairs(then["recipe"], now["recipe"])
-        if old != new and key not in RUN_OPTIONS and key != "epochs"
+        if old != new and key not in RUN_OPTIONS and key not in LENGTH
     ]
     if then["model_sha256"] != now["model_sha256"]:
         differences.append(f"model: the content of {recipe.model.name_or_path} is not that of the run's base model")
-    changed = [f"{then['recipe']['epochs']} epochs"] if then["recipe"]["epochs"] != recipe.epochs else []
+    before = replace(batch, **{key: then["recipe"].get(key) for key in LENGTH})  # the length as it was asked for then
+    changed = [before.length] if before.total_steps != batch.total_steps else []
     if then["train_file_sha256"] != now["train_file_sha256"]:
         rows = then.get("train_rows")  # a checkpoint of an older version does not know
         if rows is None or rows > len(data.train) or sha256_of(data.train, rows) != then["train_tokens_sha256"]:
@@ -184,15 +188,17 @@ def check_resumable(
     if checkpoint.step > batch.total_steps:
         raise UserError(
             f"checkpoint {checkpoint.folder}: {checkpoint.step} steps are learned, and the run would have "
-            f"{batch.total_steps}. Give more epochs."
+            f"{batch.total_steps}. Give {'a larger max_steps' if batch.cut_short else 'more epochs'}."
         )
     if changed and accelerator.is_main_process:
         print(_longer(" and ".join(changed), checkpoint.step, batch), flush=True)
+    if then.get(VALIDATION_ROWS, now[VALIDATION_ROWS]) != now[VALIDATION_ROWS] and accelerator.is_main_process:
+        print("note: the validation rows are others than before, so the losses before are not compared", flush=True)
 
 
 def _longer(before: str, step: int, batch: BatchArithmetic) -> str:
     return (
-        f"note: until step {step} this was a run of {before}. From here it goes on as one of {batch.epochs} epochs and "
+        f"note: until step {step} this was a run of {before}. From here it goes on as one of {batch.length} and "
         f"{batch.num_rows:,} rows: {batch.total_steps} steps, with the learning rates and the order of rows of such a "
         f"run. It is not the run that would have begun with them, because its first {step} steps had others."
     )

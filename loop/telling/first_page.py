@@ -47,8 +47,10 @@ def overview(job: Job, decided: Decided, model: PeftModel) -> str:
         **{f"data, {number}": line for number, line in enumerate(about[1:], start=2)},
         "effective batch": f"{batch.micro_batch_size} rows x {batch.grad_accum_steps} accumulated x "
         f"{batch.num_processes} processes = {batch.rows_per_step} rows",
-        "steps": f"{batch.total_steps} ({batch.epochs} epochs of {batch.steps_per_epoch}), "
-        f"{batch.warmup_steps} of them warm-up to lr {recipe.optim.lr:g}",
+        "steps": f"{batch.total_steps} ({batch.epochs} epochs of {batch.steps_per_epoch}"
+        f"{', cut short by max_steps' if batch.cut_short else ''}), "
+        f"{batch.warmup_steps} of them warm-up to lr {recipe.optim.lr:g}"
+        f"{f'; fewer after {recipe.patience} validations without a lower val/loss' if recipe.patience else ''}",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 import loop.train
 from loop.engine.accelerator import prepare
+from loop.guard.learned import check_learned
 from loop.guard.process import end_process
 from loop.recipe import parse_recipe
-from loop.saving.checkpoint import save_adapter
 
 
 def base_differences(model: Any, checkpoint: Path) -> list[str]:
@@ -58,16 +58,18 @@ def main(argv: Sequence[str]) -> None:
         known.update(facts(model, optimizer))
         return model, optimizer
 
-    def save_and_check(model: Any, template: Any, folder: Path, accelerator: Any) -> None:
-        save_adapter(model, template, folder, accelerator)
+    def check_base_too(model: Any, accelerator: Any) -> None:
+        check_learned(model, accelerator)
+        recipe = parse_recipe(argv)[1]
+        folder = Path(str(recipe.run_dir))
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             if accelerator.is_main_process:
-                different = base_differences(model, Path(parse_recipe(argv)[1].model.name_or_path))
+                different = base_differences(model, Path(recipe.model.name_or_path))
                 count = sum(not parameter.requires_grad for parameter in model.parameters())
-                (folder.parent / "engine.json").write_text(json.dumps(known))
-                (folder.parent / "base_check.json").write_text(json.dumps({"different": different, "compared": count}))
+                (folder / "engine.json").write_text(json.dumps(known))
+                (folder / "base_check.json").write_text(json.dumps({"different": different, "compared": count}))
 
-    with patch("loop.train.save_adapter", save_and_check), patch("loop.train.prepare", prepare_and_look):
+    with patch("loop.train.check_learned", check_base_too), patch("loop.train.prepare", prepare_and_look):
         loop.train.main(argv)
 
 
