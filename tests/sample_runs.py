@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.reporting.evaluation import Evaluation
 from eval.reporting.run_summary import Run
 
 CONFIGURATIONS = (
@@ -140,7 +141,7 @@ def run(
         offloaded=list(offloaded),
         recipe={},
         versions={},
-        scores={},
+        evaluation=Evaluation(),
         answers=[],
         metrics=[],
         samples={},
