@@ -25,6 +25,7 @@ from eval.reporting.run_files import read_object, reading
 from eval.reporting.run_page import run_page
 from eval.reporting.run_summary import Run, read_run
 from eval.reporting.warning_signs import warning_signs
+from eval.reporting.watch import watch
 from loop.guard.process import RunError, exit_codes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the disk is at fault, not the user
@@ -102,8 +103,16 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="one comparison, or one or more runs")
     parser.add_argument("--out", type=Path, help="folder to write into (default: that of one run, report/ for several)")
+    parser.add_argument("--watch", action="store_true", help="serve a page about a run while it trains")
+    parser.add_argument("--port", type=int, help="with --watch: port on the loopback address (default 0: a free one)")
     args = parser.parse_args(argv)
     folders = list({folder.resolve(): folder for folder in args.folders}.values())
+    if args.watch:
+        if len(folders) > 1 or args.out:
+            raise UserError("--watch follows one run and writes nothing. Give one folder, without --out.")
+        return watch(folders[0], args.port or 0)
+    if args.port is not None:
+        raise UserError("--port goes with --watch, which serves a page while a run trains.")
     comparisons = [folder for folder in folders if (folder / "comparison.json").is_file()]
     for folder in folders:
         if not any((folder / file).is_file() for file in ("comparison.json", "recipe.yaml", "metrics.jsonl")):

@@ -69,18 +69,19 @@ function planned(curve, state, width) {
     const common = {show, spanGaps: true, stroke: series.colour, dash: series.dash.map(part => 2 * part)};
     const smooth = series.noisy && state.weight > 0;
     data.push(y);
-    lines.push({...common, width: smooth ? 1 : 2, alpha: smooth ? 0.3 : 1, points: {show: few && !series.noisy, size: 7}});
+    lines.push({...common, width: smooth ? 1 : 2, alpha: smooth ? 0.45 : 1, points: {show: few && !series.noisy, size: 7}});
     if (!smooth) continue;
     data.push(smoothed(y, state.weight));
     lines.push({...common, width: 2, points: {show: false}});
   }
   const axis = {stroke: ink("--soft"), grid: {stroke: ink("--faint"), width: 1}, ticks: {stroke: ink("--faint")}};
-  const range = curve.zero && !state.log ? {range: (plot, low, high) => [0, high > 0 ? 1.05 * high : 1]} : {};
+  const range = state.log ? {range: (plot, low, high) => [low / 1.1, high * 1.1]}
+    : curve.zero ? {range: (plot, low, high) => [0, high > 0 ? 1.05 * high : 1]} : {};
   return [data, {
     width, height: width < 500 ? 230 : 300,
     scales: {x: {time: false}, y: {distr: state.log ? 3 : 1, ...range}},
     axes: [
-      {...axis, label: curve.x_label, labelSize: 22, labelFont: FONT, font: FONT, values: (plot, ticks) => ticks.map(tick => (Number.isInteger(tick) ? String(tick) : ""))},
+      {...axis, label: curve.x_label, labelSize: 22, size: 34, labelFont: FONT, font: FONT, values: (plot, ticks) => ticks.map(tick => (Number.isInteger(tick) ? String(tick) : ""))},
       {...axis, size: 62, font: FONT, values: (plot, ticks) => ticks.map(tick => (tick === null ? "" : short(tick)))},
     ],
     series: lines, legend: {show: false}, cursor: {y: false, points: {size: 6}}, plugins: [tooltips(curve, state.hidden)],

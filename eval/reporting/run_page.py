@@ -28,7 +28,7 @@ from eval.reporting.warning_signs import points, warning_signs
 
 MOST_FAILED_ANSWERS = 200  # number of failed answers of one model that report.md shows
 USED = ("engine", "precision", "memory_of", "parameters", "trainable", "first_step", "last_step", "rows", "tokens")
-ENGINE = ("engine", "precision", "device_type")  # what a reader compares besides the recipes
+ENGINE = ("engine", "precision", "device_type")  # compared besides the recipes, without the sizes of buckets
 
 
 def run_page(runs: Sequence[Run]) -> Page:
@@ -90,7 +90,7 @@ def differences(runs: Sequence[Run]) -> list[Block]:
     """Returns a table of the settings in which the runs differ, and only of those."""
     columns = [
         without_nesting(run.recipe, open_lists=True)
-        | {key: run.usage[key] for key in ENGINE if key in run.usage}
+        | {key: str(run.usage[key]).split(",")[0] for key in ENGINE if key in run.usage}
         | ({"processes": len(run.usage["ranks"])} if "ranks" in run.usage else {})
         for run in runs
     ]
