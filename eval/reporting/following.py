@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from eval.reporting.first_screen import duration
-from loop.batch_arithmetic import warmup_steps
 
 MOST_STEPS = 10**9
 OBSERVATIONS = 20  # number of growths of the file from which the time that is left follows
@@ -20,8 +19,17 @@ OBSERVATIONS = 20  # number of growths of the file from which the time that is l
 Line = dict[str, Any]
 
 
-def total_steps(recipe: Mapping[str, Any], step: int, lr: float) -> int | None:
-    """Returns the number of steps of the run, where the learning rate of a logged step tells it; otherwise None.
+def total_steps(recipe: Mapping[str, Any], logged: Sequence[tuple[int, float]]) -> int | None:
+    """Returns the number of steps of the run, where the last two of the logged steps and learning rates agree on it.
+
+    A single learning rate of the warm-up may also belong to the fall of a shorter run.
+    """
+    found = {_steps_by(recipe, step, lr) for step, lr in logged[-2:]}
+    return found.pop() if len(logged) > 1 and len(found) == 1 else None
+
+
+def _steps_by(recipe: Mapping[str, Any], step: int, lr: float) -> int | None:
+    """Returns the number of steps of the run to which a learning rate belongs, if it lies after the warm-up.
 
     The learning rate rises in a line and falls along half a cosine to 0 at the last step (build_lr_scheduler), so
     after the warm-up it belongs to one number of steps only. The step that is logged as `step` used the schedule's
@@ -32,8 +40,11 @@ def total_steps(recipe: Mapping[str, Any], step: int, lr: float) -> int | None:
     if not isinstance(peak, int | float) or not isinstance(ratio, int | float) or not 0 < lr < peak:
         return None
 
+    def warmup_steps(total: int) -> int:
+        return math.ceil(ratio * total)  # as in loop/batch_arithmetic.py, which imports torch
+
     def expected(total: int) -> float:
-        warmup = warmup_steps(ratio, total)
+        warmup = warmup_steps(total)
         if step - 1 < warmup:
             return peak * (step - 1) / warmup
         return peak * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (total - warmup)))
@@ -43,9 +54,9 @@ def total_steps(recipe: Mapping[str, Any], step: int, lr: float) -> int | None:
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if expected(middle) < lr else (low, middle)
-    near = [total for total in (low - 1, low, low + 1) if total >= step and warmup_steps(ratio, total) < total]
+    near = [total for total in (low - 1, low, low + 1) if total >= step and warmup_steps(total) < total]
     best = min(near, key=lambda total: abs(expected(total) - lr), default=None)
-    if best is None or step - 1 < warmup_steps(ratio, best) or abs(expected(best) - lr) > 1e-9 * peak:
+    if best is None or step - 1 < warmup_steps(best) or abs(expected(best) - lr) > 1e-9 * peak:
         return None
     return best
 
@@ -86,14 +97,13 @@ class Follower:
                 self.file = None
                 self.generation += 1
             return
-        first, self.place = self.place == 0, self.place + len(data)
+        self.place += len(data)
         *whole, self.rest = (self.rest + data).split(b"\n")
         before = len(self.lines)
         for line in whole:
             self._add(line)
         if len(self.lines) > before:
-            # What was there at the first look was written when the file was last changed.
-            self.seen.append((status.st_mtime if first else self.clock(), int(self.lines[-1]["step"])))
+            self.seen.append((status.st_mtime, int(self.lines[-1]["step"])))
             del self.seen[:-OBSERVATIONS]
 
     def _add(self, text: bytes) -> None:
@@ -122,13 +132,9 @@ class Follower:
         return max(0.0, (total - last) * (now - begun) / (last - first) - (self.clock() - now))
 
     def total(self) -> int | None:
-        """Returns the number of steps of the run, from the last line whose learning rate tells it."""
-        recipe = self.recipe()
-        for line in reversed(self.lines[-OBSERVATIONS:]):
-            lr = line.get("train/lr")
-            if isinstance(lr, int | float) and (found := total_steps(recipe, line["step"], lr)):
-                return found
-        return None
+        """Returns the number of steps of the run, where the last lines tell it."""
+        rates = [(line["step"], lr) for line in self.lines[-OBSERVATIONS:] if (lr := line.get("train/lr")) is not None]
+        return total_steps(self.recipe(), [(step, lr) for step, lr in rates if isinstance(lr, int | float)])
 
     def told(self, since: int = 0, generation: int | None = None) -> dict[str, Any]:
         """Returns what the page shows, with the lines from number `since` on, or all when the file is another one."""
