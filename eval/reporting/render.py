@@ -20,7 +20,7 @@ from eval.reporting.page import AnswersBlock, Block, Page
 HERE = Path(__file__).parent
 UPLOT = HERE / "uplot"  # uPlot 1.6.32: 53 kB that draw a log scale, zoom and find the point under the cursor
 # The browser itself refuses what the page does not hold: other scripts, pictures, connections.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def as_json(value: Any) -> str:
