@@ -97,7 +97,7 @@ def test_the_costs(tmp_path: Path) -> None:
     write_run(tmp_path / "mine", usage())
     card = cost(read_run("mine", tmp_path / "mine"))
     assert card.figure == "1 min 10 s"
-    assert card.sentence == "1 min 10 s on 2 processes (cpu x86, 0)."
+    assert card.sentence == "On 2 processes (cpu x86, 0)."
     assert card.lines == [
         "Memory: 800 MB at the peak of a rank (resident host memory).",
         "Throughput: 160 tokens a second in a steady step.",

@@ -27,7 +27,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Makes a run with its page: 2,000 answers of 64 words, more or less, 300 logged steps, and a question that is an attack."""
+    """Makes a run with its page: 300 logged steps, 2,000 answers of some 64 words, and a question that is an attack."""
     folder = tmp_path_factory.mktemp("page") / "mine"
     write_run(folder, usage())
     write_judged_evaluation(folder, copies=QUESTIONS // 5, words=32)

@@ -1,12 +1,12 @@
 """Puts the answers of all models to the same question side by side, for the table that the page filters."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from eval.reporting.curves import as_json
 from eval.reporting.run_files import number
 from eval.reporting.run_summary import Run
 
@@ -100,7 +100,7 @@ def fit(answers: Answers, most: int = BYTES) -> Answers:
 
 
 def _size(questions: Sequence[Mapping[str, Any]]) -> int:
-    return len(json.dumps(questions, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace"))
+    return len(as_json(questions).encode("utf-8", errors="replace"))
 
 
 def _cut(question: Mapping[str, Any], letters: int) -> dict[str, Any]:

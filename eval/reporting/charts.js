@@ -37,6 +37,11 @@ function short(value) {
   return size !== 0 && (size < 1e-3 || size >= 1e6) ? value.toExponential(3) : String(Number(value.toPrecision(5)));
 }
 
+// Says whether a number has one significant digit, as the lines of a logarithmic axis have.
+function isRound(value) {
+  return Math.abs(value - Number(value.toPrecision(1))) < 1e-9 * value;
+}
+
 function tooltips(curve, hidden) {
   const tip = element("div", {className: "tip", hidden: true});
   function show(plot) {
@@ -69,7 +74,7 @@ function planned(curve, state, width) {
     const common = {show, spanGaps: true, stroke: series.colour, dash: series.dash.map(part => 2 * part)};
     const smooth = series.noisy && state.weight > 0;
     data.push(y);
-    lines.push({...common, width: smooth ? 1 : 2, alpha: smooth ? 0.45 : 1, points: {show: few && !series.noisy, size: 7}});
+    lines.push({...common, width: smooth ? 1 : 2, alpha: smooth ? 0.55 : 1, points: {show: few && !series.noisy, size: 7}});
     if (!smooth) continue;
     data.push(smoothed(y, state.weight));
     lines.push({...common, width: 2, points: {show: false}});
@@ -82,7 +87,7 @@ function planned(curve, state, width) {
     scales: {x: {time: false}, y: {distr: state.log ? 3 : 1, ...range}},
     axes: [
       {...axis, label: curve.x_label, labelSize: 22, size: 34, labelFont: FONT, font: FONT, values: (plot, ticks) => ticks.map(tick => (Number.isInteger(tick) ? String(tick) : ""))},
-      {...axis, size: 62, font: FONT, values: (plot, ticks) => ticks.map(tick => (tick === null ? "" : short(tick)))},
+      {...axis, size: 62, font: FONT, values: (plot, ticks) => ticks.map(tick => (tick === null || (state.log && !isRound(tick)) ? "" : short(tick)))},
     ],
     series: lines, legend: {show: false}, cursor: {y: false, points: {size: 6}}, plugins: [tooltips(curve, state.hidden)],
   }];

@@ -1,20 +1,29 @@
 """Turns charts into the data from which the page's script draws them anew with uPlot."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from eval.reporting.charts import COLOURS, DASHES, Chart
 
-MOST_POINTS = 2000  # of a line on a page; of a longer line each part keeps its lowest and its highest point
+# All lines of a chart share so many points; of a longer line each part keeps its lowest and its highest point.
+MOST_POINTS, FEWEST_POINTS = 4000, 200
 LOG_FROM = 10.0  # a chart whose largest value is so many times its smallest begins with a logarithmic axis
 
 Points = list[tuple[float, float]]
 
 
+def as_json(value: Any) -> str:
+    """Returns JSON that can stand in a script element: it has no `<`, so it cannot end the element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c")
+
+
 def curve(chart: Chart) -> dict[str, Any]:
     """Returns what the script needs: one list of x for all series, and for each series a y or null for each x."""
+    most = max(FEWEST_POINTS, MOST_POINTS // max(1, len(chart.series)))
     drawn = {
-        name: thinned([(float(x), y) for x, y in zip(*points, strict=True) if y is not None])
+        name: thinned([(float(x), y) for x, y in zip(*points, strict=True) if y is not None], most)
         for name, points in chart.series.items()
     }
     xs = sorted({x for points in drawn.values() for x, _ in points})
@@ -37,7 +46,7 @@ def curve(chart: Chart) -> dict[str, Any]:
     return {**labels, "zero": chart.from_zero, "log": log, "x": xs, "series": kept}
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+def thinned(points: Points, most: int) -> Points:
     """Returns at most about `most` of the points, in their order: the extremes of parts with equally many points."""
     if len(points) <= most:
         return points

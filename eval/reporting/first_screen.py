@@ -105,7 +105,7 @@ def cost(run: Run) -> Card:
         return Card(question, "not known yet", "A run writes its costs into usage.json when it ends.")
     ranks = run.usage["ranks"]
     where = "process" if len(ranks) == 1 else "processes"
-    said = f"{duration(seconds)} on {len(ranks)} {where} ({ranks[0].get('device', 'an unknown device')})."
+    said = f"On {len(ranks)} {where} ({ranks[0].get('device', 'an unknown device')})."
     lines = []
     if peak := run.figure("peak_bytes"):
         lines.append(f"Memory: {amount(peak)} at the peak of a rank ({run.memory_of}).")

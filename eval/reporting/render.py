@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import html
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import jinja2
 
 from eval.reporting.charts import Chart
 from eval.reporting.conclusions import NOT_MEASURED
-from eval.reporting.curves import curves
+from eval.reporting.curves import as_json, curves
 from eval.reporting.first_screen import Card
 from eval.reporting.markdown import literal, markdown_table
 from eval.reporting.page import AnswersBlock, Block, Page
@@ -21,12 +20,6 @@ HERE = Path(__file__).parent
 UPLOT = HERE / "uplot"  # uPlot 1.6.32: 53 kB that draw a log scale, zoom and find the point under the cursor
 # The browser itself refuses what the page does not hold: other scripts, pictures, connections.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-
-
-def as_json(value: Any) -> str:
-    """Returns JSON that can stand in a script element: it has no `<`, so it cannot end the element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c")
 
 
 def script_of(*names: str) -> str:
