@@ -6,7 +6,6 @@ CSV for each chart.
 
 import argparse
 import errno
-import html
 import json
 import os
 import sys
@@ -16,41 +15,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from data.errors import UserError
 from eval.reference import PUBLISHED, PUBLISHED_ANSWERS
 from eval.reporting.charts import Chart, to_csv, to_svg
 from eval.reporting.conclusions import NOT_MEASURED, conclusions, sentences
-from eval.reporting.markdown import literal, markdown_table
-from eval.reporting.page import ROWS, Block, Page, comparison_page, run_page, state
+from eval.reporting.page import ROWS, Page, comparison_page, state
+from eval.reporting.render import to_html, to_markdown
 from eval.reporting.run_files import read_object, reading
+from eval.reporting.run_page import run_page
 from eval.reporting.run_summary import Run, read_run
+from eval.reporting.warning_signs import warning_signs
+from eval.reporting.watch import watch
 from loop.guard.process import RunError, exit_codes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the disk is at fault, not the user
-
-
-def to_markdown(page: Page) -> str:
-    """Returns the text of report.md."""
-    parts = [f"# {literal(page.title)}", literal(page.about)]
-    for title, blocks in page.sections.items():
-        parts += [f"## {title}", *map(_block_to_markdown, blocks)] if blocks else []
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _block_to_markdown(block: Block) -> str:
-    if isinstance(block, str):
-        return f"- {literal(block)}"
-    if isinstance(block, Chart):
-        title = literal(block.title)
-        image = f"![{title}](charts/{block.name}.svg)\n\n[the points as CSV](charts/{block.name}.csv)"
-        return image if block.drawn else f"- {title}: {NOT_MEASURED}: {block.missing}."
-    head, *rows = ([literal(text) for text in row] for row in (block.head, *block.rows))
-    table = markdown_table(head, rows)
-    if block.folded:  # a line that begins with HTML is not read as Markdown, so the caption is HTML
-        return f"<details><summary>{html.escape(block.caption)}</summary>\n\n{table}\n\n</details>"
-    return f"**{literal(block.caption)}**\n\n{table}"
 
 
 def summary(runs: Sequence[Run], **more: Any) -> dict[str, Any]:
@@ -61,7 +39,8 @@ def summary(runs: Sequence[Run], **more: Any) -> dict[str, Any]:
         **more,
         "findings": sentences(runs),
         "runs": {
-            run.name: {"state": state(run), "scores": run.scores} | {key: run.figures.get(key) for key in keys}
+            run.name: {"state": state(run), "scores": run.evaluation.scores, "warnings": warning_signs(run)}
+            | {key: run.figures.get(key) for key in keys}
             for run in runs
         },
     }
@@ -78,13 +57,7 @@ def write(out: Path, page: Page, numbers: Mapping[str, Any]) -> None:
     files |= {f"charts/{chart.name}.csv": to_csv(chart) for chart in charts if chart.drawn}
     files["report.md"] = to_markdown(page)
     files["summary.json"] = json.dumps(numbers, indent=2, ensure_ascii=False) + "\n"
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "reporting"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    template = templates.get_template("report.html.jinja")
-    files["report.html"] = template.render(page=page, svgs=svgs, not_measured=NOT_MEASURED)
+    files["report.html"] = to_html(page, svgs)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as beside:
@@ -130,8 +103,16 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="one comparison, or one or more runs")
     parser.add_argument("--out", type=Path, help="folder to write into (default: that of one run, report/ for several)")
+    parser.add_argument("--watch", action="store_true", help="serve a page about a run while it trains")
+    parser.add_argument("--port", type=int, help="with --watch: port on the loopback address (default 0: a free one)")
     args = parser.parse_args(argv)
     folders = list({folder.resolve(): folder for folder in args.folders}.values())
+    if args.watch:
+        if len(folders) > 1 or args.out:
+            raise UserError("--watch follows one run and writes nothing. Give one folder, without --out.")
+        return watch(folders[0], args.port or 0)
+    if args.port is not None:
+        raise UserError("--port goes with --watch, which serves a page while a run trains.")
     comparisons = [folder for folder in folders if (folder / "comparison.json").is_file()]
     for folder in folders:
         if not any((folder / file).is_file() for file in ("comparison.json", "recipe.yaml", "metrics.jsonl")):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.reporting.evaluation import Evaluation
 from eval.reporting.run_summary import Run
 
 CONFIGURATIONS = (
@@ -102,6 +103,49 @@ def write_evaluation(folder: Path, answer: str = "王大丫丫的回答是--->1 
     (folder / "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
+def judged() -> dict[str, Any]:
+    """Returns the content of an eval.json with a judge: one of five right before the training, three after it."""
+    score = {"seconds": 2.0, "tokens_per_second": 50.0, "peak_load_bytes": 10**8, "verified": 0, "different": 0}
+    return {
+        "asked": {"data": "held_out.jsonl", "num_questions": 5, "judges": ["exact"], "max_new_tokens": 64},
+        "scores": {
+            "base": {"accuracy": 0.2, "interval": [0.036, 0.624], "accuracies": {"exact": 0.2}, **score},
+            "tuned": {"accuracy": 0.6, "interval": [0.231, 0.882], "accuracies": {"exact": 0.6}, **score},
+        },
+        "comparisons": {
+            "exact": {"difference": 0.4, "interval": [0.02, 0.78], "p_value": 0.03, "better": [1, 2, 3], "worse": [4]}
+        },
+    }
+
+
+def write_judged_evaluation(folder: Path, copies: int = 1, words: int = 1) -> None:
+    """Writes an evaluation of five questions: three became better, one worse, one is wrong both times.
+
+    The tuned model's lines are in reverse order. Of `copies` there are more rows alike, and texts are repeated `words`
+    times.
+    """
+    (folder / "eval.json").write_text(json.dumps(judged()))
+    lines = []
+    for row in range(5 * copies):
+        of: dict[str, Any] = {
+            "row": row,
+            "turn": 1,
+            "instruction": f"question {row}",
+            "expected": f"expected {row} " * words,
+        }
+        for model, right in (("base", row % 5 == 4), ("tuned", row % 5 in (1, 2, 3))):
+            answer = f"{model} {row} " * words
+            reason = "" if right else f"{row} is not expected" if row % 5 else "no answer"
+            verdict = {"right": right, "score": float(right), "reason": reason}
+            lines.append(
+                {"model": model, **of, "answer": answer.strip(), "expected": of["expected"].strip(), **verdict}
+            )
+    lines = [line for line in lines if line["model"] == "base"] + [
+        line for line in lines[::-1] if line["model"] == "tuned"
+    ]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
 def write_configuration(folder: Path, usage: Mapping[str, Any] | None, wall_seconds: float, **result: Any) -> None:
     write_run(folder / "run", usage)
     (folder / "samples.csv").write_text(SAMPLES)
@@ -140,7 +184,7 @@ def run(
         offloaded=list(offloaded),
         recipe={},
         versions={},
-        scores={},
+        evaluation=Evaluation(),
         answers=[],
         metrics=[],
         samples={},

@@ -43,6 +43,7 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str]] = []
         self.rows: list[list[str]] = []
         self.said: list[str] = []
+        self.said_in: dict[str, str] = {}  # texts of the scripts that have an id
         self.feed(html)
         assert not self.open, f"never closed: {self.open}"
 
@@ -64,6 +65,10 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            if self.attributes[-1][0] == "id":
+                self.said_in.setdefault(self.attributes[-1][1], data)
+            return
         self.said.append(data)
         if self.open and self.open[-1] in ("th", "td"):
             self.rows[-1][-1] += data
@@ -81,6 +86,12 @@ class Page(HTMLParser):
 
 def page_of(folder: Path) -> Page:
     return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def answers_of(page: Page) -> dict[str, Any]:
+    """Returns the data from which the page's script fills the table of answers."""
+    answers: dict[str, Any] = json.loads(page.said_in["answers-data"])
+    return answers
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -290,9 +301,9 @@ def test_all_texts_are_escaped(tmp_path: Path) -> None:
     (run / "versions.json").write_text(json.dumps({EVIL: EVIL}))
     write_run_report([run], run)
     page = page_of(run)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 3, "two with data, and the page's own"
     assert "b" not in page.tags
-    assert page.row("5=") == [EVIL, "1 + 1 = 2"]
+    assert answers_of(page)["questions"][0]["a"]["0"][:2] == [EVIL, 0]
     text = (run / "report.md").read_text(encoding="utf-8")
     assert not re.search(r"(?<!\\)<script", text)
     assert "![i]" not in text
@@ -308,11 +319,17 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     page = page_of(tmp_path / "mine")
     assert "Run mine" in page.text
     drawn = {path.stem for path in (tmp_path / "mine" / "charts").glob("*.svg")}
-    assert drawn == {"train_loss", "val_loss", "train_lr", "train_grad_norm", "memory"}
+    assert drawn == {"loss", "train_lr", "train_grad_norm", "memory"}
     assert "Throughput: not measured here: no train/tokens_per_second in metrics.jsonl." in page.text
-    assert "mine, tuned: 1 of 2 answers failed" in page.text
-    assert page.row("5=") == ["王大丫丫的回答是--->1 + 1", "1 + 1 = 2"]
-    assert "right one" not in page.text
+    text = (tmp_path / "mine" / "report.md").read_text(encoding="utf-8")
+    assert "mine, tuned: 1 of 2 answers failed" in text
+    assert "right one" not in text, "report.md has only those that failed"
+    answers = answers_of(page)
+    assert answers["models"] == ["tuned"]
+    assert [(each["q"], each["a"]["0"][0]) for each in answers["questions"]] == [
+        ("5=", "王大丫丫的回答是--->1 + 1"),
+        ("6=", "right one"),
+    ]
     assert page.row("wall time, s") == ["70.0"]
     assert page.row("model FLOPs utilisation, %") == ["not measured here"]
     assert page.row("engine") == ["DeepSpeed ZeRO-3"]
@@ -328,7 +345,7 @@ def test_a_run_of_which_there_is_only_a_line(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 10.2, "train/grad_norm": null}\n{"step": 2, "tra')
     main([str(run)])
     page = page_of(run)
-    assert {path.stem for path in (run / "charts").glob("*.svg")} == {"train_loss"}
+    assert {path.stem for path in (run / "charts").glob("*.svg")} == {"loss"}
     assert page.row("training loss at the end, nats a label token") == ["10.2000"]
     assert page.row("steady step time, s: median") == ["not measured here"]
     assert "mine has no usage.json" in page.text

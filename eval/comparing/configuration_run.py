@@ -125,8 +125,9 @@ def evaluate(comparison: Comparison, configuration: Configuration, progress: Pro
 def base_was_asked(file: Path) -> bool:
     """Says whether this eval.json has the scores of the base model."""
     try:
-        return "base" in json.loads(file.read_text(encoding="utf-8"))["scores"]
-    except (ValueError, KeyError):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return "base" in content.get("scores", content)  # an older file has only the scores
+    except ValueError:
         return False
 
 

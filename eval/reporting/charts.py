@@ -31,6 +31,7 @@ INK = "#010203"  # matplotlib draws axes and text in this colour, which is then 
 LIGHT, DARK = "#1f2328", "#e6edf3"  # text on a light and on a dark page
 LONGEST = 40  # a longer name loses its first letters in the legend
 X_PARTS = 100  # a line with more points is drawn as means over so many parts of the x axis
+STEPS, LOSS_UNIT = "optimizer step", "nats a label token"
 SETTINGS: dict[Any, Any] = {
     **{"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10.0, "text.parse_math": False},
     **{key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
@@ -51,6 +52,8 @@ class Chart:
     missing: str = ""  # the reason, when no run has data
     ticks: Sequence[str] = field(default=())  # texts that stand on the x axis instead of the numbers 0, 1, …
     from_zero: bool = True
+    interactive: bool = False  # the page draws the chart anew with tooltips, where its script runs
+    noisy: frozenset[str] = frozenset()  # series that an interactive chart smooths, with the raw line behind
 
     @property
     def drawn(self) -> bool:
@@ -67,19 +70,46 @@ def sample_chart(name: str, title: str, y_label: str, column: str, runs: Sequenc
     return Chart(name, title, "seconds since launch", y_label + unit, series, missing)
 
 
-def metric_chart(key: str, title: str, y_label: str, runs: Sequence[Run], from_zero: bool = True) -> Chart:
+def metric_chart(
+    key: str, title: str, y_label: str, runs: Sequence[Run], from_zero: bool = True, interactive: bool = False
+) -> Chart:
     """Makes a chart of one key of metrics.jsonl over the steps."""
-    lines = {run.name: [line for line in run.metrics if key in line] for run in runs}
-    series = {
-        name: (measured(line["step"] for line in there), [line[key] for line in there]) for name, there in lines.items()
-    }
+    series = {run.name: _points_of(run, key) for run in runs}
     name = key.replace("/", "_")
-    return Chart(name, title, "optimizer step", y_label, series, f"no {key} in metrics.jsonl", from_zero=from_zero)
+    noisy = frozenset(series) if interactive and key != "train/lr" else frozenset()
+    missing = f"no {key} in metrics.jsonl"
+    return Chart(name, title, STEPS, y_label, series, missing, (), from_zero, interactive, noisy)
+
+
+def _points_of(run: Run, key: str) -> tuple[list[float], list[float | None]]:
+    there = [line for line in run.metrics if key in line]
+    return measured(line["step"] for line in there), [line[key] for line in there]
+
+
+def loss_chart(runs: Sequence[Run]) -> Chart:
+    """Makes one interactive chart of training and validation loss, each validation file apart where there are several.
+
+    The training losses of all runs come first.
+    """
+    trained = {_named(run, "training", runs): _points_of(run, "train/loss") for run in runs}
+    validated = {}
+    for run in runs:
+        keys = dict.fromkeys(key for line in run.metrics for key in line if key.startswith("val/loss"))
+        for key in keys or ["val/loss"]:
+            part = key.removeprefix("val/loss").lstrip("/")
+            validated[_named(run, f"validation, {part}" if part else "validation", runs)] = _points_of(run, key)
+    missing = "no train/loss in metrics.jsonl"
+    series = trained | validated
+    return Chart("loss", "Loss", STEPS, LOSS_UNIT, series, missing, (), False, True, frozenset(trained))
+
+
+def _named(run: Run, what: str, runs: Sequence[Run]) -> str:
+    return what if len(runs) == 1 else f"{run.name}: {what}"
 
 
 def loss_charts(runs: Sequence[Run]) -> list[Chart]:
     named = {"train/loss": "Training loss", "val/loss": "Validation loss"}
-    return [metric_chart(key, title, "nats a label token", runs, from_zero=False) for key, title in named.items()]
+    return [metric_chart(key, title, LOSS_UNIT, runs, from_zero=False) for key, title in named.items()]
 
 
 def phase_chart(runs: Sequence[Run]) -> Chart:

@@ -1,4 +1,4 @@
-"""Composes pages of tables, charts and sentences, about a comparison or about runs that belong to none."""
+"""Composes pages of tables, charts and sentences. The page about a comparison is here, that of runs in run_page.py."""
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,13 @@ from typing import Any
 
 from eval.nested import without_nesting
 from eval.reference import PUBLISHED, PUBLISHED_ANSWERS, STAGE1, STAGES
-from eval.reporting.charts import Chart, loss_charts, metric_chart, phase_chart, sample_chart
+from eval.reporting.answers import Answers
+from eval.reporting.charts import Chart, loss_charts, sample_chart
 from eval.reporting.conclusions import NOT_MEASURED, RULES, conclusions, sentences
-from eval.reporting.run_summary import Run, sample_figures
+from eval.reporting.first_screen import Card
+from eval.reporting.run_summary import Run
 
 ABSENT = "–"  # stands where there was nothing to measure
-MOST_FAILED_ANSWERS = 200  # number of failed answers of one model that a page shows
 # Each row has a title with the unit, the name of the figure, the divisor of its values, and the number of decimals.
 ROWS = (
     ("wall time, s", "wall_seconds", 1, 1),
@@ -21,6 +22,7 @@ ROWS = (
     ("steady steps", "steady_steps", 1, 0),
     ("samples a second", "samples_per_second", 1, 1),
     ("tokens a second", "tokens_per_second", 1, 1),
+    ("model FLOP/s, 10^9", "flops_per_second", 1e9, 3),
     ("model FLOPs utilisation, %", "mfu", 0.01, 2),
     ("CPU use of the machine, mean %", "machine_cpu_percent", 1, 1),
     ("CPU use by the run's processes, mean % of all cores", "cpu_percent", 1, 1),
@@ -48,7 +50,6 @@ SCORE_ROWS = (
     ("peak memory, loading, MB", "peak_load_bytes", 1e6, 1),
     ("peak memory, inference beyond that, MB", "peak_inference_bytes", 1e6, 1),
 )
-USED = ("engine", "precision", "memory_of", "parameters", "trainable", "first_step", "last_step", "rows", "tokens")
 HOW = (
     "Steps are steady after the first 10 %, at least 3. Quartiles are of rank 0's steps: data, forward, backward and "
     "update. FLOPs are forward's and backward's of real tokens, without recomputation; the peak is a matrix product's "
@@ -69,7 +70,15 @@ class Table:
     words: bool = False  # the cells hold words, so the page aligns them to the left and wraps them
 
 
-Block = str | Table | Chart
+@dataclass(frozen=True)
+class AnswersBlock:
+    """Holds all answers for the page, and the tables of those that failed for report.md."""
+
+    answers: Answers
+    failed: Sequence[str | Table]
+
+
+Block = str | Table | Chart | Card | AnswersBlock
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ def published_table(runs: Sequence[Run]) -> Table:
 def answers_table(runs: Sequence[Run]) -> Table:
     """Returns the table of scores before and after training, of the reference and of our runs."""
     columns = {f"published, {label}": score for label, score in PUBLISHED_ANSWERS.items()}
-    columns |= {f"{run.name}, {label}": score for run in runs for label, score in run.scores.items()}
+    columns |= {f"{run.name}, {label}": score for run in runs for label, score in run.evaluation.scores.items()}
     rows = [
         [title, *(cell(score[key], divisor, decimals) if key in score else ABSENT for score in columns.values())]
         for title, key, divisor, decimals in SCORE_ROWS
@@ -212,60 +221,3 @@ def comparison_page(comparison: Mapping[str, Any], runs: Sequence[Run]) -> Page:
             ],
         },
     )  # fmt: skip
-
-
-def run_page(runs: Sequence[Run]) -> Page:
-    """Composes the page of one or more runs that belong to no comparison."""
-    names = [run.name for run in runs]
-    unfinished = [
-        f"{run.name} has no usage.json: it has not come to its end, or is older than such files."
-        for run in runs
-        if not run.usage
-    ]
-    figures = figure_rows(runs, leave_out={*sample_figures({}), "sampling_share"})
-    machine = {
-        run.name: {key: run.usage[key] for key in USED if key in run.usage}
-        | {f"rank {rank['rank']}": rank.get("device") for rank in run.usage.get("ranks", [])}
-        for run in runs
-    }
-    return Page(
-        f"Run {names[0]}" if len(runs) == 1 else f"{len(runs)} runs",
-        "",
-        {
-            "Findings": sentences(runs) if len(runs) > 1 else [],
-            "Figures": [*unfinished, HOW, Table("Figures", ["", *names], figures)],
-            "Training": [
-                *loss_charts(runs),
-                metric_chart("train/lr", "Learning rate", "learning rate", runs),
-                metric_chart("train/grad_norm", "Gradient norm before clipping", "norm", runs),
-                metric_chart("train/tokens_per_second", "Throughput", "tokens a second, without padding", runs),
-                phase_chart(runs),
-            ],
-            "Answers that failed": [block for run in runs for block in failed_answers(run)],
-            "Machine, versions, recipe": [
-                settings_table("Machine", machine),
-                settings_table("Versions", {run.name: run.versions for run in runs}),
-                settings_table("Recipe", {run.name: run.recipe for run in runs}, folded=True),
-            ],
-        },
-    )
-
-
-def failed_answers(run: Run) -> list[Block]:
-    """Returns the answers that failed: a table for each model that the evaluation asked."""
-    if not run.answers:
-        return [f"{run.name}: {NOT_MEASURED}. python -m eval.run --run {run.name} asks base and tuned model."]
-    blocks: list[Block] = []
-    for model in dict.fromkeys(answer.get("model") for answer in run.answers):
-        asked = [answer for answer in run.answers if answer.get("model") == model]
-        failed = [answer for answer in asked if not answer.get("right")]
-        caption = f"{run.name}, {model}: {len(failed)} of {len(asked)} answers failed"
-        caption += f", the first {MOST_FAILED_ANSWERS} of which are these" if len(failed) > MOST_FAILED_ANSWERS else ""
-        rows = [
-            [str(answer.get(key)) for key in ("instruction", "answer", "reason")]
-            for answer in failed[:MOST_FAILED_ANSWERS]
-        ]
-        blocks.append(
-            Table(caption, ["asked", "answer", "what is wrong"], rows, folded=True) if rows else f"{caption}."
-        )
-    return blocks

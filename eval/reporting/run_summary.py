@@ -3,12 +3,13 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eval.reporting.evaluation import Evaluation, read_evaluation
 from eval.reporting.run_files import Columns, number, read_columns, read_jsonl, read_metrics, read_object, reading
 from loop.measure.phase_names import PHASES, STEP_PHASES
 
@@ -30,11 +31,12 @@ class Run:
     offloaded: list[str]
     recipe: dict[str, Any]
     versions: dict[str, Any]
-    scores: dict[str, Any]  # eval.json
+    evaluation: Evaluation  # eval.json
     answers: list[dict[str, Any]]
     metrics: list[dict[str, float | None]]
     samples: Columns
     figures: dict[str, Figure]
+    tallies: dict[str, dict[str, float]] = field(default_factory=dict)  # of the rows of each file, from inputs.json
 
     def figure(self, key: str) -> float | None:
         """Returns a figure as one number: the largest, when the figure has several."""
@@ -143,6 +145,7 @@ def usage_figures(usage: Mapping[str, Any], peaks: Mapping[str, Any]) -> dict[st
             "step_uncertainty": 1.57 * (upper - lower) / math.sqrt(len(steady)) / median,
             "samples_per_second": number(usage["rows"]) * a_second,
             "tokens_per_second": number(usage["tokens"]) * a_second,
+            "flops_per_second": number(usage["model_flops"]) * a_second,
             "mfu": number(usage["model_flops"]) * a_second / number(peak) / devices if peak else None,
         }
     return figures
@@ -161,7 +164,7 @@ def with_second_round(figures: dict[str, Figure], again: Mapping[str, Figure]) -
     assert isinstance(spread, float)
     faster = {
         key: value * one / both
-        for key in ("samples_per_second", "tokens_per_second", "mfu")
+        for key in ("samples_per_second", "tokens_per_second", "flops_per_second", "mfu")
         if isinstance(value := figures.get(key), float)
     }
     return {
@@ -191,6 +194,13 @@ def _zero(file: Path) -> tuple[int | None, list[str]]:
         return stage, [f"{part} to {device}" for part, device in devices.items() if device not in (None, "none")]
 
 
+def _tallies(file: Path) -> dict[str, dict[str, float]]:
+    """Returns what became of the rows of each file; an older inputs.json does not say it."""
+    files = read_object(file).get("files", {})
+    with reading(file):
+        return {name: {key: number(count) for key, count in tally.items()} for name, tally in files.items()}
+
+
 def read_run(name: str, folder: Path, comparison: Mapping[str, Any] | None = None) -> Run:
     """Reads a run folder or, when `comparison` gives the content of comparison.json, the folder of a configuration.
 
@@ -198,7 +208,7 @@ def read_run(name: str, folder: Path, comparison: Mapping[str, Any] | None = Non
     Raises UserError for damaged files.
     """
     run = folder if comparison is None else folder / "run"
-    usage, scores = read_object(run / "usage.json"), read_object(run / "eval.json")
+    usage, answers = read_object(run / "usage.json"), read_jsonl(run / "answers.jsonl")
     metrics = read_metrics(run / "metrics.jsonl")
     stage, offloaded = _zero(run / "deepspeed_config.json")
     result: dict[str, Any] = {}
@@ -221,12 +231,8 @@ def read_run(name: str, folder: Path, comparison: Mapping[str, Any] | None = Non
                 figures["wall_seconds"] = number(result["wall_seconds"])
                 figures["sampling_share"] = number(result["sampling"]["share_of_a_core"])
     with reading(run / "eval.json"):
-        scores = scores.get("scores", scores)  # an older evaluation has nothing else
-        figures |= {f"{label}_accuracy": score["accuracy"] for label, score in scores.items()}
-        scores = {
-            label: {key: number(value) for key, value in score.items() if isinstance(value, int | float)}
-            for label, score in scores.items()
-        }
+        evaluation = read_evaluation(read_object(run / "eval.json"), answers)
+        figures |= {f"{label}_accuracy": score.get("accuracy") for label, score in evaluation.scores.items()}
     for key, figure in (("train/loss", "final_loss"), ("val/loss", "final_validation_loss")):
         figures[figure] = next((line[key] for line in reversed(metrics) if line.get(key) is not None), None)
     return Run(
@@ -238,9 +244,10 @@ def read_run(name: str, folder: Path, comparison: Mapping[str, Any] | None = Non
         offloaded=offloaded,
         recipe=read_object(run / "recipe.yaml"),
         versions=read_object(run / "versions.json"),
-        scores=scores,
-        answers=read_jsonl(run / "answers.jsonl"),
+        evaluation=evaluation,
+        answers=answers,
         metrics=metrics,
         samples=samples,
         figures=figures,
+        tallies=_tallies(run / "inputs.json"),
     )
