@@ -8,19 +8,12 @@ from typing import Any
 import pytest
 
 from data.errors import UserError
+from eval.judging.statistics import wilson
 from eval.reporting.answers import Answers, collect_answers, fit, kind_of_reason
-from eval.reporting.evaluation import read_evaluation, wilson_interval
+from eval.reporting.evaluation import read_evaluation
 from eval.reporting.first_screen import better, cost, duration, wrong
 from eval.reporting.run_summary import Run, read_run
 from tests.sample_runs import judged, run, usage, write_evaluation, write_judged_evaluation, write_run
-
-
-def test_wilsons_interval() -> None:
-    """The interval's ends p solve (share - p)^2 = z^2 p (1 - p) / n, and 0 of 200 has the end z^2 / (n + z^2)."""
-    assert wilson_interval(0.0, 200) == pytest.approx((0.0, 1.959964**2 / (200 + 1.959964**2)))
-    for share, count in ((0.5, 10), (0.97, 200), (1.0, 30)):
-        for end in wilson_interval(share, count):
-            assert (share - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / count, abs=1e-12)
 
 
 def evaluated(**content: Any) -> Run:
@@ -33,7 +26,7 @@ def test_an_older_evaluation_gets_intervals_from_the_number_of_answers(tmp_path:
     found = read_run("mine", tmp_path / "mine").evaluation
     assert found.scores["tuned"]["accuracy"] == 0.975
     assert found.num_questions == {"base": 0, "tuned": 2}
-    assert found.intervals == {"tuned": wilson_interval(0.975, 2)}
+    assert found.intervals == {"tuned": wilson(1.95, 2)}
     assert found.first_judge is None
 
 

@@ -26,6 +26,7 @@ from tests.sample_runs import (
     write_comparison,
     write_configuration,
     write_evaluation,
+    write_judged_evaluation,
     write_run,
 )
 
@@ -336,6 +337,20 @@ def test_the_page_of_a_run(tmp_path: Path) -> None:
     assert page.row("torch") == ["2.13.0"]
     assert page.row("optim.lr") == ["0.001"]
     assert not [row for row in page.rows if row and "all processes" in row[0]], "no monitor watches a run on its own"
+
+
+def test_the_accuracy_of_the_checkpoints_over_the_steps(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    write_run(folder, usage())
+    write_judged_evaluation(folder)
+    evaluation = json.loads((folder / "eval.json").read_text())
+    score = evaluation["scores"]["base"]
+    evaluation["scores"] |= {"step-000040": score | {"accuracy": 0.6}, "step-000020": score | {"accuracy": 0.4}}
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    main([str(folder)])
+    rows = (folder / "charts" / "accuracy.csv").read_text().splitlines()
+    assert rows[1:] == ["accuracy,20,0.4", "accuracy,40,0.6"]
+    assert "Accuracy of the checkpoints" in page_of(folder).text
 
 
 def test_a_run_of_which_there_is_only_a_line(tmp_path: Path) -> None:

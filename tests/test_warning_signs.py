@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from eval.reporting.warning_signs import (
+    cut_off_answers,
     loss_spikes,
     no_progress,
     not_finite,
@@ -127,6 +128,12 @@ def test_ranks_that_wait() -> None:
 def test_answers_that_are_not_the_same_alone() -> None:
     scores = {"base": {"verified": 20.0, "different": 0.0}, "tuned": {"verified": 20.0, "different": 2.0}}
     assert unstable_answers(scores) == ["tuned: 2 of 20 answers differ when their questions are asked one at a time."]
+
+
+def test_answers_that_were_cut_off() -> None:
+    assert cut_off_answers({"base": {"cut_off": 9.0}, "tuned": {"cut_off": 0.0}}) == []
+    (said,) = cut_off_answers({"tuned": {"cut_off": 3.0}})
+    assert said == "3 answers of the tuned model were cut off; --max-new-tokens gives them more."
 
 
 def test_a_run_without_any_sign() -> None:

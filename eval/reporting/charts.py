@@ -103,6 +103,25 @@ def loss_chart(runs: Sequence[Run]) -> Chart:
     return Chart("loss", "Loss", STEPS, LOSS_UNIT, series, missing, (), False, True, frozenset(trained))
 
 
+def accuracy_chart(runs: Sequence[Run]) -> Chart | None:
+    """Makes a chart of the accuracy of each checkpoint over the steps; None where no checkpoint was asked."""
+    series: dict[str, tuple[Sequence[float], Sequence[float | None]]] = {}
+    for run in runs:
+        scores = {step: score for name, score in run.evaluation.scores.items() if (step := _step_of(name)) is not None}
+        if scores:
+            steps = sorted(scores)
+            series[_named(run, "accuracy", runs)] = (steps, [scores[step].get("accuracy") for step in steps])
+    if not series:
+        return None
+    return Chart("accuracy", "Accuracy of the checkpoints", STEPS, "accuracy", series, "no judge", (), True, True)
+
+
+def _step_of(label: str) -> int | None:
+    """The step of a checkpoint that was asked, step-000057; None for another model."""
+    found = re.fullmatch(r"step-(\d+)", label)
+    return int(found[1]) if found else None
+
+
 def _named(run: Run, what: str, runs: Sequence[Run]) -> str:
     return what if len(runs) == 1 else f"{run.name}: {what}"
 

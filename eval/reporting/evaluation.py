@@ -1,14 +1,11 @@
 """Reads what an evaluation found: eval.json, as it is written now and as earlier versions wrote it."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from eval.judging.statistics import Interval, wilson
 from eval.reporting.run_files import number
-
-Interval = tuple[float, float]
-Z = 1.959964  # the 97.5 % quantile of the normal distribution, for intervals of 95 %
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,6 @@ class Evaluation:
         return next(iter(self.differences.values()), None)
 
 
-def wilson_interval(accuracy: float, num_questions: int) -> Interval:
-    """Returns Wilson's interval of 95 % for a share of `num_questions` right answers."""
-    spread = Z * Z / num_questions
-    middle = (accuracy + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * accuracy * (1 - accuracy) + spread * spread / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def read_evaluation(content: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> Evaluation:
     """Returns the evaluation of one run; `content` is its eval.json and `answers` are the lines of its answers.jsonl.
 
@@ -65,7 +54,7 @@ def read_evaluation(content: Mapping[str, Any], answers: Sequence[Mapping[str, A
         if score.get("interval"):
             intervals[label] = _interval(score["interval"])
         elif older and counts[label]:
-            intervals[label] = wilson_interval(numbers[label]["accuracy"], counts[label])
+            intervals[label] = wilson(numbers[label]["accuracy"] * counts[label], counts[label])
     differences = {judge: _difference(found) for judge, found in rest.get("comparisons", {}).items()}
     return Evaluation(asked, numbers, counts, intervals, differences)
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eval.reporting.evaluation import Difference, Evaluation, Interval
+from eval.judging.statistics import Interval
+from eval.reporting.evaluation import Difference, Evaluation
 from eval.reporting.run_summary import Run, measured
 from eval.reporting.warning_signs import points
 

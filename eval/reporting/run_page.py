@@ -8,7 +8,7 @@ from typing import Any
 
 from eval.nested import without_nesting
 from eval.reporting.answers import collect_answers
-from eval.reporting.charts import loss_chart, metric_chart, phase_chart
+from eval.reporting.charts import accuracy_chart, loss_chart, metric_chart, phase_chart
 from eval.reporting.conclusions import NOT_MEASURED, sentences
 from eval.reporting.first_screen import cards, duration, how_to_ask, interval_text, percent, signed
 from eval.reporting.page import (
@@ -44,6 +44,7 @@ def run_page(runs: Sequence[Run]) -> Page:
             "Side by side": side_by_side(runs, signs) if len(runs) > 1 else [],
             "Training": [
                 loss_chart(runs),
+                *([accuracy] if (accuracy := accuracy_chart(runs)) else []),
                 metric_chart("train/lr", "Learning rate", "learning rate", runs, interactive=True),
                 metric_chart("train/grad_norm", "Gradient norm before clipping", "norm", runs, interactive=True),
                 metric_chart(

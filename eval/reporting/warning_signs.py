@@ -34,6 +34,7 @@ def warning_signs(run: Run) -> list[str]:
         *rows_left_out(run.tallies),
         *waiting_ranks(run.usage.get("ranks", [])),
         *unstable_answers(run.evaluation.scores),
+        *cut_off_answers(run.evaluation.scores),
     ]
 
 
@@ -165,3 +166,9 @@ def unstable_answers(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
         for label, score in scores.items()
         if score.get("different")
     ]
+
+
+def cut_off_answers(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Says how many answers of the tuned model have ended because they might have no more tokens."""
+    count = scores.get("tuned", {}).get("cut_off", 0)
+    return [f"{count:,.0f} answers of the tuned model were cut off; --max-new-tokens gives them more."] if count else []
