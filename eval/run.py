@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from peft import PeftModel
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data.chat import prompt_ids
@@ -30,17 +28,14 @@ from data.rows import Problems, read_rows
 from eval.answers.generate import generate, load_model, timed
 from eval.answers.vllm_backend import ask_vllm, check_vllm
 from eval.check import Verdict, check_answer, check_exact, number_asked
-from eval.files import user_error
 from eval.reference import PUBLISHED_ANSWERS
 from eval.reporting.markdown import markdown_table
-from loop.engine.optimizer_state import trainable_parameters
 from loop.guard.process import RunError, end_process, exit_codes
 from loop.measure.memory import memory_in_use, peak_memory
 from loop.model.build import build_template, build_tokenizer, check_model
 from loop.model.limits import check_limits
 from loop.recipe import ROOT, Recipe, find_model, find_path, parse_recipe
-from loop.saving.checkpoint import ADAPTER, first_difference, names_in_files
-from loop.saving.content import INPUTS, model_sha256
+from loop.saving.finished import check_adapter, check_content, finished_recipe
 from loop.saving.run_folder import write_json
 
 JUDGES: dict[str, Callable[[Row, str], Verdict]] = {
@@ -233,13 +228,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def questions(args: argparse.Namespace) -> list[Question]:
     """Returns one question for each model to ask. Raises UserError when the run, recipe, model or rows are missing."""
     if args.run:
-        for file in ("recipe.yaml", "adapter/adapter_config.json", f"adapter/{ADAPTER}"):
-            if not (args.run / file).is_file():
-                raise UserError(f"--run {args.run}: no {file} in there. Give the folder of a finished training.")
-    options = ["--config", str(args.run / "recipe.yaml" if args.run else args.config)]
-    if args.model:
-        options += ["--model.name_or_path", args.model]
-    recipe = parse_recipe(options)[1]
+        recipe = finished_recipe(args.run, args.model)
+    else:
+        moved = ["--model.name_or_path", args.model] if args.model else []
+        recipe = parse_recipe(["--config", str(args.config), *moved])[1]
     path = find_path(args.data)
     rows = read_rows(path, recipe.data.columns)[: args.limit]
     problems = Problems()
@@ -251,9 +243,9 @@ def questions(args: argparse.Namespace) -> list[Question]:
     adapted = check_model(recipe)  # a bad recipe fails here rather than in a worker
     _check_prompts(adapted.get_base_model(), rows, recipe, args.max_new_tokens)
     if args.run:
-        _check_content(args.run / INPUTS, recipe)
+        check_content(args.run, recipe)
         adapters["tuned"] = args.run / "adapter"
-        _check_adapter(args.run / "adapter" / ADAPTER, adapted)
+        check_adapter(args.run, adapted)
     return [
         Question(
             label=label,
@@ -279,29 +271,6 @@ def _check_prompts(base: Any, rows: Sequence[Row], recipe: Recipe, max_new_token
     examples = [Example.of(row.number, ids, ids[:1] * max_new_tokens) for row, ids in zip(rows, prompts, strict=True)]
     if warning := check_limits(base, [examples]):
         print(f"warning: {warning}.", flush=True)
-
-
-def _check_content(file: Path, recipe: Recipe) -> None:
-    """Raises UserError where the recipe's model is not the one that the run has trained; `file` is its inputs.json."""
-    if not file.is_file():  # a run of an older version
-        return
-    with user_error(f"{file}: cannot be read", "Copy it anew.", (ValueError, KeyError, TypeError, OSError)):
-        then = json.loads(file.read_text(encoding="utf-8"))["model_sha256"]
-    if then != model_sha256(recipe):
-        raise UserError(
-            f"model.name_or_path {recipe.model.name_or_path}: its content is not that of the model that the run has "
-            "trained. Name the right one with --model.name_or_path."
-        )
-
-
-def _check_adapter(file: Path, model: PeftModel) -> None:
-    """Raises UserError for the adapter of another model. PEFT would only warn, and the answers would be the base's."""
-    # The kind is Exception because safetensors raises an exception type of its own.
-    with user_error(f"{file}: cannot be read", "Copy it anew, or train once more.", (Exception,)):
-        found = {name: tensor.shape for name, tensor in load_file(file).items()}
-    expected = {name: tensor.shape for name, tensor in names_in_files(model, trainable_parameters(model)).items()}
-    if other := first_difference(found, expected):
-        raise UserError(f"{file}: is not of the model and the recipe of this run, first in {other}. Train once more.")
 
 
 def _not_a_question(row: Row) -> str | None:

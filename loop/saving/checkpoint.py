@@ -88,12 +88,17 @@ def save_adapter(model: PeftModel, template: ChatTemplate | None, folder: Path, 
     def write(beside: Path) -> None:
         write_adapter(model, tensors, beside)
         if template is not None:
-            template.tokenizer.save_pretrained(beside)
-            config = deepcopy(getattr(model.get_base_model(), "generation_config", None)) or GenerationConfig()
-            config.eos_token_id = sorted(template.stop_tokens(config))
-            config.to_json_file(beside / GENERATION_CONFIG_NAME)  # save_pretrained refuses what some models come with
+            write_template(template, getattr(model.get_base_model(), "generation_config", None), beside)
 
     on_main_process(lambda: publish(folder, write), accelerator)
+
+
+def write_template(template: ChatTemplate, config: GenerationConfig | None, folder: Path) -> None:
+    """Writes the tokenizer with its chat template, and the model's generation `config` with the trained stop tokens."""
+    template.tokenizer.save_pretrained(folder)
+    config = deepcopy(config) or GenerationConfig()
+    config.eos_token_id = sorted(template.stop_tokens(config))
+    config.to_json_file(folder / GENERATION_CONFIG_NAME)  # save_pretrained refuses what some models come with
 
 
 @measured("save")
