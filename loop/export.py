@@ -7,8 +7,9 @@ adapter alone, for PEFT and vLLM.
 """
 
 import argparse
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
