@@ -7,6 +7,7 @@ adapter alone, for PEFT and vLLM.
 """
 
 import argparse
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,12 +23,14 @@ from loop.exporting.modelfile import modelfile
 from loop.exporting.proof import check_adapter_opens, failure, prove
 from loop.exporting.source import Source, Stored, main_dtype, name_of, open_source, stored_tensors
 from loop.guard.process import RunError, end_process, exit_codes
+from loop.recipe import find_model
 from loop.saving.publish import existing, publish
 
 DTYPES = {
     **{"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16},
     **{"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16},
 }
+CONFIG = "adapter_config.json"
 SCRATCH = ".proof"  # a folder inside the one that is written, gone before that one gets its name
 IF_FULL = ("Nothing was left behind", "export once more")
 NOT_PROVED = "Not proved: the export was made with --no-proof, so nobody has compared it with base + adapter."
@@ -110,6 +113,9 @@ def export_adapter(source: Source, args: argparse.Namespace) -> None:
         for file in source.adapter.iterdir():
             if file.is_file():
                 shutil.copyfile(file, beside / file.name)
+        config = json.loads((beside / CONFIG).read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = find_model(source.recipe.model.name_or_path)  # it may have moved
+        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         found = [NOT_PROVED]
         if not args.no_proof:
             num_weights = sum(parameter.numel() for parameter in source.model.parameters())

@@ -11,11 +11,11 @@ from typing import Any
 
 from data.template import ChatTemplate
 
-Message = tuple[str, str]  # role and content
 Between = Mapping[tuple[str, str], str]  # the text between two turns, by their roles
 START, END = "start", "end"  # stand for what comes before the first turn, and after the last
 S, U, A = "system", "user", "assistant"
 MARKS = [chr(0xE100 + i) for i in range(8)]  # characters for private use, which stand for what is said
+FOUND_IN: tuple[tuple[str, ...], ...] = ((U,), (S, U), (U, A, U))  # every pair of turns stands in one of these
 SAMPLES: tuple[tuple[str, ...], ...] = ((U,), (S, U), (U, A, U), (S, U, A, U), (U, A, U, A, U), (S, U, A, U, A, U))
 NO_TEMPLATE = (
     "this chat template cannot be written as an Ollama template; Ollama then takes the one that it knows for this "
@@ -46,33 +46,41 @@ def _quoted(text: str) -> str:
 def find_between(template: ChatTemplate) -> Between | None:
     """The texts between turns; None where the chat template cannot be put together from them.
 
-    Without system turn the user's comes first, and what is written in front of it may be a system turn of the
-    template's own. A text with which the tokenizer itself begins is left out, as Ollama's tokenizer writes it too.
+    Where there is no system turn, the text in front of the user's first turn holds what the template writes instead. A
+    text with which the tokenizer begins by itself is left out, because Ollama's tokenizer writes it too.
     """
     found: dict[tuple[str, str], str] = {}
-    short: tuple[tuple[str, ...], ...] = ((U,), (S, U), (U, A, U))
-    for roles in short:
-        conversation = list(zip(roles, MARKS, strict=False))
-        text = _rendered(template, conversation)
-        if text is None:
-            if roles[0] == S:  # a template that refuses a system turn
-                continue
+    for roles in FOUND_IN:
+        text = _rendered(template, _conversation(roles))
+        if text is None and roles[0] == S:  # a template without system turns
+            continue
+        pieces = _pieces(text or "", MARKS[: len(roles)])
+        if pieces is None:
             return None
-        for pair in pairwise([(START, ""), *conversation, (END, "")]):
-            if not text.startswith(pair[0][1]) or (pair[1][1] and text.count(pair[1][1]) != 1):
-                return None
-            between, mark, text = text[len(pair[0][1]) :].partition(pair[1][1]) if pair[1][1] else (text[1:], "", "")
-            text = mark + text
-            found.setdefault((pair[0][0], pair[1][0]), between)
+        found = dict(zip(pairwise([START, *roles, END]), pieces, strict=True)) | found
     for roles in SAMPLES:
-        conversation = list(zip(roles, MARKS, strict=False))
-        if _rendered(template, conversation) != (((START, roles[0]) in found and written(found, conversation)) or None):
+        if (START, roles[0]) in found and _rendered(template, _conversation(roles)) != written(found, roles):
             return None
     begin = str(template.tokenizer.decode(template.begin)) if template.begin else ""
     return {pair: text.removeprefix(begin) if pair[0] == START else text for pair, text in found.items()}
 
 
-def _rendered(template: ChatTemplate, conversation: Sequence[Message]) -> str | None:
+def _conversation(roles: Sequence[str]) -> list[tuple[str, str]]:
+    return list(zip(roles, MARKS, strict=False))
+
+
+def _pieces(text: str, marks: Sequence[str]) -> list[str] | None:
+    """What stands before, between and behind the marks; None unless each of them is there once, in their order."""
+    pieces = []
+    for mark in marks:
+        if text.count(mark) != 1:
+            return None
+        piece, _, text = text.partition(mark)
+        pieces.append(piece)
+    return [*pieces, text]
+
+
+def _rendered(template: ChatTemplate, conversation: Sequence[tuple[str, str]]) -> str | None:
     """What the chat template writes of a conversation that the model has to answer; None where it refuses it."""
     messages: list[dict[str, Any]] = [
         {"role": role, "content": [{"type": "text", "text": text}] if template.as_parts else text}
@@ -88,10 +96,10 @@ def _rendered(template: ChatTemplate, conversation: Sequence[Message]) -> str | 
         return None
 
 
-def written(between: Between, conversation: Sequence[Message]) -> str:
-    """What `go_template` writes of a conversation: the texts between its turns, and the turns."""
-    pairs = pairwise([(START, ""), *conversation, (END, "")])
-    return "".join(between[before, role] + text for (before, _), (role, text) in pairs)
+def written(between: Between, roles: Sequence[str]) -> str:
+    """What `go_template` writes of a conversation in which the marks are said."""
+    pieces = [between[pair] for pair in pairwise([START, *roles, END])]
+    return "".join(piece + mark for piece, mark in zip(pieces, [*MARKS[: len(roles)], ""], strict=True))
 
 
 def go_template(between: Between) -> str:

@@ -47,21 +47,28 @@ class Proof:
 
     @property
     def lost(self) -> float:
-        """The difference relative to what the adapter changes: 0 for none, about 1 where the adapter is lost."""
-        return self.difference / self.effect if self.effect else float(self.difference > 0)
+        """The difference relative to what the adapter changes: 0 for none, about 1 where the adapter is lost.
+
+        Relative to the logits where the adapter changes nothing.
+        """
+        return self.difference / self.effect if self.effect else self.difference
+
+    @property
+    def tolerated(self) -> float:
+        """How large `lost` may be."""
+        noise = NOISE if self.computed_in == torch.float32 else 0.0
+        return TOLERANCE[self.dtype] + (noise / self.effect if self.effect else noise)
 
     @property
     def holds(self) -> bool:
         """Whether the exported model is the base model with its adapter, within the tolerance of its precision."""
-        noise = NOISE if self.computed_in == torch.float32 else 0.0
-        within = self.difference <= noise + TOLERANCE[self.dtype] * self.effect
-        return within and self.equal + self.ties == self.num_answers
+        return self.lost <= self.tolerated and self.equal + self.ties == self.num_answers
 
     def told(self) -> list[str]:
         """What was compared, in sentences."""
         said = [
             f"The logits of {self.num_rows} {self.rows} differ from those of base + adapter by {self.lost:.2%} of "
-            f"what the adapter changes in them ({TOLERANCE[self.dtype]:.0%} is tolerated in {name_of(self.dtype)}; the "
+            f"what the adapter changes in them ({self.tolerated:.0%} is tolerated in {name_of(self.dtype)}; the "
             f"largest difference of a logit is {self.largest:.2g}; computed in {name_of(self.computed_in)}).",
             f"{self.equal} of {self.num_answers} greedy answers are equal token by token.",
         ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -22,6 +23,7 @@ from loop.saving.checkpoint import ADAPTER, first_difference, names_in_files
 from loop.saving.content import model_folder
 from loop.saving.finished import check_adapter, check_content, finished_recipe
 
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses old names of transformers
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 
 
