@@ -14,7 +14,7 @@ import pytest
 from data.conversation import question
 from data.template import ChatTemplate
 from loop.exporting.modelfile import find_between, go_template, modelfile
-from tests.chat_templates import TEMPLATES, tokenizer_of
+from tests.chat_templates import tokenizer_of
 
 NAMES = sorted(
     {"gemma", "gemma3", "llama3", "llama3_1", "phi3", "qwen2_5", "qwen3", "gptoss", "lfm2"} & TEMPLATES.keys()
@@ -54,7 +54,7 @@ def render(go: str, talk: list[tuple[str, str]]) -> str:
 
 
 def expected(template: ChatTemplate, talk: list[tuple[str, str]]) -> str:
-    """What the chat template writes, without the text that a tokenizer puts in front of everything."""
+    """What the chat template writes of a talk that the model has to answer."""
     messages: Any = [
         {"role": role, "content": [{"type": "text", "text": text}] if template.as_parts else text}
         for role, text in talk
