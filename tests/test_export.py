@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -65,6 +66,7 @@ def _in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         return json.loads((out / "answers.json").read_text())
 
     monkeypatch.setattr("loop.exporting.proof._ask", here)
+    monkeypatch.setattr("loop.exporting.proof.NEW_TOKENS", 8)  # random models do not end by themselves
 
 
 def write_base(config: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -162,6 +164,27 @@ def test_every_precision(family: str, tmp_path: Path) -> None:
             assert greedy(opened) == greedy(kept)
 
 
+def test_weights_that_transformers_renames(tmp_path: Path) -> None:
+    """The files of Gemma 3 have other names than its modules, and the vision tower beside the text model stays."""
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = tower | {"image_size": 28, "patch_size": 14}
+    tokens: Any = {"mm_tokens_per_image": 4, "image_token_index": 800, "boi_token_index": 801, "eoi_token_index": 802}
+    base, run, out = tmp_path / "base", tmp_path / "run", tmp_path / "out"
+    write_base(Gemma3Config(text_config=SIZES, vision_config=vision, **tokens), base)
+    write_run(base, run, ("q_proj", "down_proj"), exclude_modules=".*vision.*")
+    main([str(run), "--to", str(out)])
+    before, after = (
+        {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for folder in (base, out)
+    )
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    of_layer = ("self_attn.q_proj.weight", "mlp.down_proj.weight")
+    assert changed == {f"language_model.model.layers.{i}.{name}" for i in (0, 1) for name in of_layer}
+    opened = AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(logits(opened), logits(reference(run, base)[0]), rtol=1e-3, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose adapter has an effect, on a tied Llama of several files. No test may change what is in there."""
@@ -194,7 +217,8 @@ def test_a_merge_that_loses_the_adapter_is_found(
     shares = [float(word.strip("%(,")) for word in said.split("the adapter's change")[0].split() if "%" in word]
     assert shares, said
     assert shares[0] < 50, "most of the change is smaller than half a step of bf16"
-    assert "25% is tolerated in bfloat16" in said
+    (lost,) = re.findall(r"by ([\d.]+)% of what the adapter changes in them \(\d+% is tolerated in bfloat16", said)
+    assert float(lost) > 80
     assert "Export with --dtype float32, or keep the adapter beside the weights with --adapter." in said
     assert list(tmp_path.iterdir()) == []
 
