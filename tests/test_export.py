@@ -287,12 +287,20 @@ def test_what_stands_beside_the_weights(small: Path, tmp_path: Path) -> None:
     (run / "versions.json").write_text(json.dumps({"torch": "9.9"}))
     out = tmp_path / "out"
     main([str(run), "--to", str(out), "--no-proof"])
+    assert "Not proved" in (out / "README.md").read_text(encoding="utf-8")
+    shutil.rmtree(out)
+    main([str(run), "--to", str(out)])
     tokenizer, trained = (AutoTokenizer.from_pretrained(folder) for folder in (out, TINY))
     assert tokenizer.chat_template == trained.chat_template
     assert tokenizer("8= x")["input_ids"] == trained("8= x")["input_ids"]
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [830]
     card = (out / "README.md").read_text(encoding="utf-8")
-    for said in ("Not proved", "| tuned | 0.750 |", "9 questions of eval.json, judged by sums", "| torch | 9.9 |"):
+    for said in (
+        "7 of 7 greedy answers",
+        "| tuned | 0.750 |",
+        "9 questions of eval.json, judged by sums",
+        "| torch | 9.9 |",
+    ):
         assert said in card
     assert "rank: 4" in card
     assert str(tmp_path) not in card
@@ -317,7 +325,8 @@ def test_rows_that_are_gone_are_replaced_and_it_is_said(
     (run / "recipe.yaml").write_text(text)
     main([str(run), "--to", str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert "5 made-up rows, because the rows of the run could not be read (gone.jsonl" in said
+    assert "note: the rows of the run cannot be used: gone.jsonl" in said
+    assert "The logits of 5 made-up rows, because the rows of the run could not be used, differ" in said
     assert "5 of 5 greedy answers are equal" in said
 
 

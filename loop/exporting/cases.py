@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from data.chat import encode_row, prompt_ids
 from data.conversation import Row, Turn, question
 from data.errors import UserError
-from data.files import sources
+from data.files import HUB, sources
 from data.rows import iter_rows
 from loop.exporting.source import Source
 from loop.recipe import data_files, find_data
@@ -35,20 +36,24 @@ class Case:
 
 
 def choose_cases(source: Source, count: int) -> tuple[list[Case], str]:
-    """Up to `count` cases, and which rows they are, in words. Rows that the chat template cannot show are left out."""
+    """Up to `count` cases, and which rows they are, in words that name no folder, because the model card has them.
+
+    Rows that the chat template cannot show are left out. Prints why, where the rows of the run cannot be used.
+    """
     file = next(iter(data_files(source.recipe.data.train_file)))
     problem = "no row can be shown"
     try:
         cases = list(islice(_cases(source, _rows(source, file)), count))
         if cases:
-            return cases, f"rows of {file}"
+            return cases, f"rows of {file if file.startswith(HUB) else Path(file).name}"
     except (UserError, OSError) as error:
         problem = str(error)
     made_up = (question(i, *pair) for i, pair in enumerate(MADE_UP, 1))
     cases = list(islice(_cases(source, made_up), count))
     if not cases:
         raise UserError(f"{file}: {problem}, and no made-up row can be shown either. Give the run its rows back.")
-    return cases, f"made-up rows, because the rows of the run could not be read ({problem})"
+    print(f"note: the rows of the run cannot be used: {problem}", flush=True)
+    return cases, "made-up rows, because the rows of the run could not be used,"
 
 
 def _rows(source: Source, file: str) -> Iterator[Row]:
@@ -66,13 +71,19 @@ def _cases(source: Source, rows: Iterator[Row]) -> Iterator[Case]:
         learned = [place - 1 for start, end, _ in example.spans for place in range(start, end) if 0 < place < TOKENS]
         if learned:
             chosen = learned[:: -(-len(learned) // PLACES)]
-            yield Case(list(example.ids[:TOKENS]), chosen, list(prompt[:TOKENS]), _messages(row, source))
+            yield Case(
+                list(example.ids[:TOKENS]),
+                chosen,
+                list(prompt[:TOKENS]),
+                messages_of(row, source.recipe.data.system_prompt),
+            )
 
 
-def _messages(row: Row, source: Source) -> list[dict[str, str]] | None:
+def messages_of(row: Row, system_prompt: str) -> list[dict[str, str]] | None:
+    """What a client sends to have the row's last answer generated; None where that is more than plain turns."""
     if row.plain is not None or row.tools or any(turn.reasoning or turn.tool_calls for turn in row.turns):
         return None
     turns = list(row.turns[:-1])
-    if source.recipe.data.system_prompt and turns[0].role != "system":
-        turns.insert(0, Turn("system", source.recipe.data.system_prompt))
+    if system_prompt and turns[0].role != "system":
+        turns.insert(0, Turn("system", system_prompt))
     return [{"role": turn.role, "content": turn.content} for turn in turns]
