@@ -21,7 +21,7 @@ from loop.internals.transformers_internals import name_in_file
 from loop.model.lora import ADAPTER as NAME
 from loop.saving.checkpoint import ADAPTER
 
-ROWS = 1024  # rows of a weight that are merged at once, so that fp32 copies stay small
+ROWS = 256  # rows of a weight that are merged at once, so that fp32 copies stay small
 INSTEAD = "Export the adapter alone with --adapter."
 
 
