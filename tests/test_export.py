@@ -35,6 +35,7 @@ from loop.export import main, parse
 from loop.exporting.cases import choose_cases
 from loop.exporting.files import write_beside_weights
 from loop.exporting.merge import find_updates
+from loop.exporting.proof import Proof, compare_answers
 from loop.exporting.source import Source, open_source, stored_tensors
 from loop.exporting.stranger import main as ask
 from loop.guard.process import RunError
@@ -183,6 +184,39 @@ def test_weights_that_transformers_renames(tmp_path: Path) -> None:
     assert changed == {f"language_model.model.layers.{i}.{name}" for i in (0, 1) for name in of_layer}
     opened = AutoModelForCausalLM.from_pretrained(out)
     torch.testing.assert_close(logits(opened), logits(reference(run, base)[0]), rtol=1e-3, atol=1e-4)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_a_model_that_comes_with_its_own_code(tmp_path: Path) -> None:
+    """The code goes along, and the exported folder opens with it."""
+    base, run, out = tmp_path / "base", tmp_path / "run", tmp_path / "out"
+    write_base(LlamaConfig(**SIZES), base)
+    write_run(base, run, LINEAR)
+    kept, _ = reference(run, base)  # before it gets another name, which only its own code knows
+    own: dict[str, Any] = {"model_type": "mine", "architectures": ["MineForCausalLM"]}
+    own |= {"auto_map": {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}}
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | own))
+    (base / "mine.py").write_text(CODE)
+    (base / "LICENSE.txt").write_text("Yours.")
+    (run / INPUTS).unlink()
+    text = (run / "recipe.yaml").read_text().replace("trust_remote_code: false", "trust_remote_code: true")
+    (run / "recipe.yaml").write_text(text)
+    main([str(run), "--to", str(out)])
+    opened = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert type(opened).__name__ == "MineForCausalLM"
+    torch.testing.assert_close(logits(opened), logits(kept), rtol=1e-3, atol=1e-4)
+    assert (out / "LICENSE.txt").read_text() == "Yours."
 
 
 @pytest.fixture(scope="module")
@@ -436,6 +470,39 @@ def command(run: Path, to: Path, *words: str, before: str = "", shell: str = "")
     script = f"import os, sys, loop.export\n{before}\nloop.export.main({[str(run), '--to', str(to), *words]!r})"
     line = f"{shell} exec {shlex.join([sys.executable, '-c', script])}"
     return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+FIGURES: dict[str, Any] = {
+    **{"rows": "rows", "num_rows": 9, "computed_in": torch.float32, "scale": 2.0, "num_prompts": 0, "same_prompts": 0},
+    **{"dtype": torch.bfloat16, "difference": 0.02, "effect": 0.1, "num_answers": 9, "equal": 9, "ties": 0},
+}
+VERDICTS: dict[str, tuple[dict[str, Any], bool]] = {
+    "a fifth of the effect": ({}, True),
+    "a fifth of the effect in fp32": ({"dtype": torch.float32}, False),
+    "what fp32 cannot compute more exactly": ({"dtype": torch.float32, "difference": 1e-5, "effect": 1e-9}, True),
+    "as much as the effect": ({"difference": 0.1}, False),
+    "an adapter that changes nothing": ({"difference": 0.0, "effect": 0.0}, True),
+    "a change where there should be none": ({"difference": 0.02, "effect": 0.0}, False),
+    "an answer that is another": ({"equal": 8}, False),
+    "an answer that parts at a tie": ({"equal": 8, "ties": 1}, True),
+    "most answers part at a tie": ({"equal": 4, "ties": 5}, False),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_what_a_proof_tolerates(case: str) -> None:
+    changes, holds = VERDICTS[case]
+    assert Proof(**FIGURES | changes).holds == holds
+
+
+def test_where_answers_part() -> None:
+    """The gap between our two best logits decides at the first token that differs, and at no other."""
+    ours = {"ids": [1, 2, 3], "gaps": [9.0, 0.1, 9.0]}
+    assert compare_answers([ours], [{"ids": [1, 2, 3]}], 0.2) == (1, 0)
+    assert compare_answers([ours], [{"ids": [1, 4, 4]}], 0.2) == (0, 1)
+    assert compare_answers([ours], [{"ids": [1, 4, 4]}], 0.05) == (0, 0)
+    assert compare_answers([ours], [{"ids": [4, 2, 3]}], 0.2) == (0, 0)
+    assert compare_answers([ours], [{"ids": [1, 2]}], 0.2) == (0, 0), "one ends and the other goes on"
 
 
 @pytest.mark.launches

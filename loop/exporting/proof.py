@@ -25,6 +25,7 @@ NEW_TOKENS = 64
 # The difference of the logits may be so large, relative to what the adapter changes in them: rounding to eight bits
 # that are independent of each other leaves far less, and a lost adapter leaves 1.
 TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.25}
+TIE = 2.0  # tolerated differences of a logit, within which two logits may change their order
 NOISE = 1e-5  # of computing in fp32 itself, relative to the logits
 
 
@@ -38,10 +39,10 @@ class Proof:
     computed_in: torch.dtype
     difference: float  # norm of exported - (base + adapter), relative to the norm of base + adapter
     effect: float  # norm of (base + adapter) - base, relative to the same
-    largest: float  # the largest difference of a single logit
+    scale: float  # the root mean square of the logits of base + adapter
     num_answers: int
     equal: int  # greedy answers that are equal token by token
-    ties: int  # answers that part where the two best logits are as close as rounding
+    ties: int  # answers that part where the two best logits are closer than twice the tolerated difference
     num_prompts: int
     same_prompts: int  # prompts that the exported chat template alone writes as the run did
 
@@ -56,24 +57,25 @@ class Proof:
     @property
     def tolerated(self) -> float:
         """How large `lost` may be."""
-        noise = NOISE if self.computed_in == torch.float32 else 0.0
-        return TOLERANCE[self.dtype] + (noise / self.effect if self.effect else noise)
+        return tolerated(self.dtype, self.computed_in, self.effect)
 
     @property
     def holds(self) -> bool:
         """Whether the exported model is the base model with its adapter, within the tolerance of its precision."""
-        return self.lost <= self.tolerated and self.equal + self.ties == self.num_answers
+        answers_hold = self.equal + self.ties == self.num_answers and self.ties <= self.equal
+        return self.lost <= self.tolerated and answers_hold
 
     def told(self) -> list[str]:
         """What was compared, in sentences."""
+        typical = self.difference * self.scale
         said = [
             f"The logits of {self.num_rows} {self.rows} differ from those of base + adapter by {self.lost:.2%} of "
-            f"what the adapter changes in them ({self.tolerated:.0%} is tolerated in {name_of(self.dtype)}; the "
-            f"largest difference of a logit is {self.largest:.2g}; computed in {name_of(self.computed_in)}).",
+            f"what the adapter changes in them ({self.tolerated:.0%} is tolerated in {name_of(self.dtype)}; the root "
+            f"mean square of a logit's difference is {typical:.2g}; computed in {name_of(self.computed_in)}).",
             f"{self.equal} of {self.num_answers} greedy answers are equal token by token.",
         ]
         if self.ties:
-            said.append(f"{self.ties} part at a token whose two best logits are as close as rounding.")
+            said.append(f"{self.ties} part at a token whose two best logits are closer than twice what is tolerated.")
         if self.num_prompts:
             said.append(
                 f"The chat template alone writes {self.same_prompts} of {self.num_prompts} prompts as the run did."
@@ -104,8 +106,9 @@ def prove(source: Source, folder: Path, num_weights: int, dtype: torch.dtype, co
     ours = _ask("base + adapter", scratch / "reference", asked | reference | {"conversations": []})
     exported = {"model": str(folder), "adapter": None, "stops": None, "conversations": conversations}
     theirs = _ask("the exported model", scratch / "exported", asked | exported)
-    difference, effect, largest = _norms(scratch / "reference", scratch / "exported", len(cases))
-    equal, ties = _compare_answers(ours["answers"], theirs["answers"], largest)
+    difference, effect, scale = _norms(scratch / "reference", scratch / "exported", len(cases))
+    close = TIE * tolerated(dtype, computed_in, effect) * (effect or 1.0) * scale
+    equal, ties = compare_answers(ours["answers"], theirs["answers"], close)
     expected = [case.prompt for case in cases if case.messages is not None]
     return Proof(
         rows=rows,
@@ -114,7 +117,7 @@ def prove(source: Source, folder: Path, num_weights: int, dtype: torch.dtype, co
         computed_in=computed_in,
         difference=difference,
         effect=effect,
-        largest=largest,
+        scale=scale,
         num_answers=len(ours["answers"]),
         equal=equal,
         ties=ties,
@@ -162,9 +165,10 @@ def _ask(who: str, out: Path, request: dict[str, Any]) -> Any:
 
 
 def _norms(reference: Path, exported: Path | None, count: int) -> tuple[float, float, float]:
-    """The difference, the effect and the largest difference of a logit, as Proof has them; without `exported` both
-    differences are 0."""
-    difference = effect = size = largest = 0.0
+    """The difference, the effect and the scale of the logits, as Proof has them; without `exported` the difference
+    is 0."""
+    difference = effect = size = 0.0
+    num_logits = 0
     with safe_open(reference / LOGITS, "pt") as ours, safe_open((exported or reference) / LOGITS, "pt") as theirs:
         for i in range(count):
             tuned, base, other = (
@@ -174,18 +178,24 @@ def _norms(reference: Path, exported: Path | None, count: int) -> tuple[float, f
             size += float(tuned.square().sum())
             effect += float((tuned - base).square().sum())
             difference += float((other - tuned).square().sum())
-            largest = max(largest, float((other - tuned).abs().max()))
-    return math.sqrt(difference / size), math.sqrt(effect / size), largest
+            num_logits += tuned.numel()
+    return math.sqrt(difference / size), math.sqrt(effect / size), math.sqrt(size / num_logits)
 
 
-def _compare_answers(ours: Sequence[Any], theirs: Sequence[Any], largest: float) -> tuple[int, int]:
-    """How many answers are equal, and how many part at a tie: where our two best logits are closer than two logits
-    can move when each of them changes by `largest`."""
+def tolerated(dtype: torch.dtype, computed_in: torch.dtype, effect: float) -> float:
+    """How large the difference of the logits may be relative to `effect`, which is what the adapter changes in them
+    relative to their size; relative to that size where the adapter changes nothing."""
+    noise = NOISE if computed_in == torch.float32 else 0.0
+    return TOLERANCE[dtype] + noise / effect if effect else noise
+
+
+def compare_answers(ours: Sequence[Any], theirs: Sequence[Any], close: float) -> tuple[int, int]:
+    """How many answers are equal, and how many part at a tie: where our two best logits are `close` or closer."""
     equal = ties = 0
     for one, other in zip(ours, theirs, strict=True):
         at = next((i for i, (a, b) in enumerate(zip(one["ids"], other["ids"], strict=False)) if a != b), None)
         equal += one["ids"] == other["ids"]
-        ties += at is not None and one["gaps"][at] <= 2 * largest
+        ties += at is not None and one["gaps"][at] <= close
     return equal, ties
 
 
