@@ -5,6 +5,7 @@
 # make test-slow  the tests that `make test` leaves out: the tiny recipe under further stages, torch.compile, advice for 14B
 # make real-model trains SmolLM2-135M-Instruct on conversations of several turns and judges its answers
 # make stages     trains the tiny recipe under seven configurations and compares them
+# make serve-check exports the newest run of the tiny recipe, serves it, and compares its answers with the evaluation's
 # make clean      removes .venv
 # The commands that run tests print the 20 slowest of them at the end.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -15,7 +16,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
 PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=20
 
-.PHONY: setup demo stages real-model lint check test test-slow clean
+.PHONY: setup demo stages real-model serve-check lint check test test-slow clean
 setup: .venv/ready
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
@@ -49,6 +50,10 @@ real-model: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=2 accelerate launch --config_file accel_configs/one_process.yaml \
 		--mixed_precision no loop/train.py --config loop/recipes/smollm2.yaml
 	$(BIN)/python -m eval.run --run "$$(ls -td runs/smollm2-* | head -1)" --data models/conversations/eval.jsonl --judge exact
+
+serve-check: setup
+	$(BIN)/python -m pip install --quiet --editable '.[serve]'
+	$(BIN)/python -m eval.serve_check --run "$$(ls -td runs/tiny-* | head -1)"
 
 lint: setup
 	$(BIN)/ruff format --check .

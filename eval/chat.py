@@ -15,12 +15,11 @@ from eval.answers.dialogue import Dialogue, Write
 from eval.answers.generate import load_model
 from eval.answers.settings import Settings
 from eval.options import add_common_options, check_common_options
-from eval.questions import BASE, TUNED, asked_recipe, check_adapter, check_content
+from eval.questions import BASE, TUNED, asked_recipe
 from loop.guard.process import end_process, exit_codes
 from loop.model.build import build_tokenizer, check_model
 from loop.recipe import find_model
-from loop.saving.checkpoint import ADAPTER
-from loop.saving.content import INPUTS
+from loop.saving.finished import check_adapter, check_content
 
 COMMANDS = {
     "/system": "begins a new conversation behind the system prompt that follows it, or behind none",
@@ -61,8 +60,8 @@ def open_dialogue(args: argparse.Namespace) -> Dialogue:
     recipe = asked_recipe(args)
     without_weights = check_model(recipe)
     if args.run:
-        check_content(args.run / INPUTS, recipe)
-        check_adapter(args.run / "adapter" / ADAPTER, without_weights)
+        check_content(args.run, recipe)
+        check_adapter(args.run / "adapter", without_weights)
     adapter: Path | None = args.run / "adapter" if args.run else None
     model = load_model(
         find_model(recipe.model.name_or_path),

@@ -1,14 +1,12 @@
 """Makes the questions of an evaluation from a run or a recipe: which models are asked which rows, and who judges."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors.torch import load_file
 
 from data.chat import prompt_ids
 from data.conversation import Row
@@ -17,15 +15,13 @@ from data.examples import Example
 from data.rows import read_rows
 from eval.answers.ask import Question
 from eval.answers.settings import Settings
-from eval.files import user_error
 from eval.judging.judges import Judge, build_judge
 from eval.judging.scores import check_rows, own_answer
-from loop.engine.optimizer_state import trainable_parameters
 from loop.model.build import build_template, build_tokenizer, check_model
 from loop.model.limits import check_limits
 from loop.recipe import Recipe, data_files, find_data, parse_recipe
-from loop.saving.checkpoint import ADAPTER, first_difference, list_checkpoints, names_in_files
-from loop.saving.content import INPUTS, model_sha256
+from loop.saving.checkpoint import list_checkpoints
+from loop.saving.finished import check_adapter, check_content, finished_recipe
 
 BASE, TUNED = "base", "tuned"
 FEWEST = 64  # tokens that an answer may have where neither the user nor the rows ask for more
@@ -49,7 +45,7 @@ def examination(args: argparse.Namespace) -> Examination:
     """
     recipe = asked_recipe(args)
     judges = [build_judge(name) for name in args.judge or recipe.eval.judge]
-    names = _files(args.data, recipe)
+    names = files_to_ask(args.data, recipe)
     rows = [row for name in names for row in asked_rows(read_rows(name, recipe.data.columns), name)][: args.limit]
     if args.system is not None:
         rows = [replace(row, turns=tuple(turn for turn in row.turns if turn.role != "system")) for row in rows]
@@ -89,13 +85,10 @@ def asked_recipe(args: argparse.Namespace) -> Recipe:
     Raises UserError when it cannot be, or when the run has no adapter.
     """
     if args.run:
-        for file in ("recipe.yaml", "adapter/adapter_config.json", f"adapter/{ADAPTER}"):
-            if not (args.run / file).is_file():
-                raise UserError(f"--run {args.run}: no {file} in there. Give the folder of a finished training.")
-    options = ["--config", str(args.run / "recipe.yaml" if args.run else args.config)]
-    if args.model:
-        options += ["--model.name_or_path", args.model]
-    recipe = parse_recipe(options)[1]
+        recipe = finished_recipe(args.run, args.model)
+    else:
+        moved = ["--model.name_or_path", args.model] if args.model else []
+        recipe = parse_recipe(["--config", str(args.config), *moved])[1]
     if args.system is not None:
         recipe = replace(recipe, data=replace(recipe.data, system_prompt=args.system))
     return recipe
@@ -106,17 +99,17 @@ def _adapters(args: argparse.Namespace, recipe: Recipe, adapted: PeftModel) -> d
     found: dict[str, Path | None] = {} if args.adapter_only else {BASE: None}
     if not args.run:
         return found
-    check_content(args.run / INPUTS, recipe)
+    check_content(args.run, recipe)
     if args.checkpoints:
         found |= {folder.name: folder for folder in list_checkpoints(args.run)}
     found[TUNED] = args.run / "adapter"
     for folder in found.values():
         if folder is not None:
-            check_adapter(folder / ADAPTER, adapted)
+            check_adapter(folder, adapted)
     return found
 
 
-def _files(asked: str | None, recipe: Recipe) -> list[str]:
+def files_to_ask(asked: str | None, recipe: Recipe) -> list[str]:
     """Returns the files, folders and data sets whose rows are asked."""
     named = asked or recipe.eval.data or recipe.data.validation_file
     if not named:
@@ -163,26 +156,3 @@ def _check_prompts(base: Any, rows: Sequence[Row], recipe: Recipe, max_new_token
     examples = [Example.of(row.number, ids, ids[:1] * max_new_tokens) for row, ids in zip(rows, prompts, strict=True)]
     warning = check_limits(base, [examples])
     return [f"{warning}."] if warning else []
-
-
-def check_content(file: Path, recipe: Recipe) -> None:
-    """Raises UserError where the recipe's model is not the one that the run has trained; `file` is its inputs.json."""
-    if not file.is_file():  # a run of an older version
-        return
-    with user_error(f"{file}: cannot be read", "Copy it anew.", (ValueError, KeyError, TypeError, OSError)):
-        then = json.loads(file.read_text(encoding="utf-8"))["model_sha256"]
-    if then != model_sha256(recipe):
-        raise UserError(
-            f"model.name_or_path {recipe.model.name_or_path}: its content is not that of the model that the run has "
-            "trained. Name the right one with --model.name_or_path."
-        )
-
-
-def check_adapter(file: Path, model: PeftModel) -> None:
-    """Raises UserError for the adapter of another model. PEFT would only warn, and the answers would be the base's."""
-    # The kind is Exception because safetensors raises an exception type of its own.
-    with user_error(f"{file}: cannot be read", "Copy it anew, or train once more.", (Exception,)):
-        found = {name: tensor.shape for name, tensor in load_file(file).items()}
-    expected = {name: tensor.shape for name, tensor in names_in_files(model, trainable_parameters(model)).items()}
-    if other := first_difference(found, expected):
-        raise UserError(f"{file}: is not of the model and the recipe of this run, first in {other}. Train once more.")

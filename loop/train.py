@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch.nn import Module
@@ -136,7 +137,8 @@ def publish_chosen(job: Job, state: TrainState, model: PeftModel, tracking: Trac
 
     def publish() -> None:
         choice = choose(job.run_dir, job.recipe.choose_by, state.validations)
-        publish_adapter(job.run_dir, choice, partial(write_asking, job.data.template, model.get_base_model()))
+        config: Any = getattr(model.get_base_model(), "generation_config", None)
+        publish_adapter(job.run_dir, choice, partial(write_asking, job.data.template, config))
         tracking.say(f"adapter: {job.run_dir / 'adapter'} (step {choice.step} of {state.step}, {choice.reason})")
 
     on_main_process(publish, job.accelerator)

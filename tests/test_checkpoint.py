@@ -64,7 +64,7 @@ def test_the_adapter_folder_asks_as_the_run_did(model: PeftModel, tmp_path: Path
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
     template = ChatTemplate(tokenizer, "Be short.")
-    asking = partial(write_asking, template, model.get_base_model())
+    asking = partial(write_asking, template, getattr(model.get_base_model(), "generation_config", None))
     publish_adapter(tmp_path, Choice(save(model, tmp_path, 1), "last", {}), asking)
     opened = AutoTokenizer.from_pretrained(tmp_path / "adapter")
     row = question(1, "5=", "2 + 3")

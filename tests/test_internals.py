@@ -179,6 +179,20 @@ def test_transformers_checkpoints_all_layers_but_the_last() -> None:
     assert [layer.gradient_checkpointing for layer in layers] == [True] * (len(layers) - 1) + [False]
 
 
+def test_transformers_tells_the_name_in_a_file() -> None:
+    """Qwen2 is stored under its own names; the experts of Qwen3-MoE are joined in memory, and stand apart in files."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    model = tiny()
+    weight = model.get_parameter(name)
+    assert transformers_internals.name_in_file(model, name, weight) == name
+    experts = {"num_experts": 2, "moe_intermediate_size": 8, "head_dim": 4, "num_key_value_heads": 2}
+    sizes = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = tiny(AutoConfig.for_model("qwen3_moe", **sizes, **experts))
+    name = "model.layers.0.mlp.experts.down_proj"
+    found = transformers_internals.name_in_file(model, name, model.get_parameter(name))
+    assert found is None, moved("transformers", "no longer joins experts")
+
+
 def test_torch_replaces_attention_within_the_context() -> None:
     query = torch.zeros(1, 1, 2, 4)
     with torch_internals.attention_replaced_by(lambda *_: "ours"):

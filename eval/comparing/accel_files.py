@@ -8,8 +8,7 @@ from typing import Any
 
 import yaml
 
-from data.errors import UserError
-from eval.files import user_error
+from data.errors import UserError, user_error
 from loop.recipe import find_path
 
 DEFAULT_CONFIGURATIONS = (

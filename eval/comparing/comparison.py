@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import num_windows
-from data.errors import UserError
+from data.errors import UserError, user_error
 from eval.comparing.accel_files import Configuration, read_configurations
-from eval.files import user_error
 from eval.nested import without_nesting
 from eval.peak import machine, matmul_peak
 from loop.batch_arithmetic import num_steps, settle_accumulation

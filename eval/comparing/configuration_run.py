@@ -14,11 +14,11 @@ from typing import Any
 
 import psutil
 
+from data.errors import user_error
 from eval.comparing.accel_files import Configuration
 from eval.comparing.comparison import Comparison, write_whole
 from eval.comparing.launch import accelerate_command, end_processes, failure_reason, read_from, run_command
 from eval.comparing.progress import Progress
-from eval.files import user_error
 from eval.monitor import Monitor, Sampling
 from loop.recipe import ROOT
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from eval.files import DAMAGE, user_error
+from data.errors import DAMAGE, user_error
 
 Columns = dict[str, list[float | None]]
 

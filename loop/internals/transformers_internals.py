@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 WRITTEN_AGAINST = "5.23.0"
@@ -46,3 +47,17 @@ def keep_activations_of_last_layer(model: Any) -> None:
     """
     for last in decoder_layers(model)[-1:]:
         last.gradient_checkpointing = False
+
+
+def name_in_file(model: Any, name: str, weight: Any) -> str | None:
+    """The name under which a checkpoint stores the parameter `name` of `model`; None where it stores it otherwise, for
+    example joined with others.
+
+    transformers renames some weights when it opens a checkpoint, and its save_pretrained takes the same private
+    function to give them their old names. A weight that is only renamed comes back as the same object.
+    """
+    try:
+        stored = revert_weight_conversion(model, {name: weight})
+    except Exception:  # a conversion that takes several weights fails with one alone
+        return None
+    return next((key for key, tensor in stored.items() if tensor is weight), None)

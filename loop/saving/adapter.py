@@ -95,11 +95,12 @@ def publish_adapter(run_dir: Path, choice: Choice, write_beside: Callable[[Path]
     publish(folder, write)
 
 
-def write_asking(template: ChatTemplate | None, base_model: Any, folder: Path) -> None:
-    """Writes tokenizer, chat template, and a generation_config.json with the tokens at which an answer ends."""
+def write_asking(template: ChatTemplate | None, config: GenerationConfig | None, folder: Path) -> None:
+    """Writes tokenizer and chat template, and the model's generation `config` with the tokens at which an answer ends
+    as generation_config.json."""
     if template is None:
         return
     template.tokenizer.save_pretrained(folder)
-    config = deepcopy(getattr(base_model, "generation_config", None)) or GenerationConfig()
+    config = deepcopy(config) or GenerationConfig()
     config.eos_token_id = sorted(template.stop_tokens(config))
     config.to_json_file(folder / GENERATION_CONFIG_NAME)  # save_pretrained refuses what some models come with

@@ -38,11 +38,17 @@ def data_sha256(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
-def model_sha256(recipe: Recipe) -> str:
-    """Hashes the base model's configuration, its tokenizer, and samples of its weights, which are many gigabytes."""
+def model_folder(recipe: Recipe) -> Path:
+    """The folder with the files of the base model; for a name of the model hub it is the local copy, which has to be
+    there."""
     config = cached_file(find_model(recipe.model.name_or_path), "config.json", local_files_only=True)
     assert config is not None
-    folder = Path(config).parent
+    return Path(config).parent
+
+
+def model_sha256(recipe: Recipe) -> str:
+    """Hashes the base model's configuration, its tokenizer, and samples of its weights, which are many gigabytes."""
+    folder = model_folder(recipe)
     patterns = (*MODEL_FILES, "*.py") if recipe.model.trust_remote_code else MODEL_FILES
     files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     index = folder / SAFE_WEIGHTS_INDEX_NAME

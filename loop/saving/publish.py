@@ -8,14 +8,24 @@ from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
 from loop.guard.process import RunError
 
 MANIFEST = "manifest.json"
 PARTIAL, OLD = ".partial", ".old"  # ends of names that begin with a dot: half written, and about to be replaced
 
 
-def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Writes a folder beside `folder`, syncs it to the disk and renames it to `folder`. RunError when that fails."""
+def publish(
+    folder: Path,
+    write: Callable[[Path], None],
+    otherwise: str = "Earlier checkpoints are intact",
+    then: str = "go on with --resume",
+) -> None:
+    """Writes a folder beside `folder`, syncs it to the disk and renames it to `folder`.
+
+    Raises RunError when that fails: `otherwise` says what is left, and `then` what to do once there is space. A
+    RunError or a UserError of `write` passes unchanged. In each case what was written is removed.
+    """
     beside, old = (folder.with_name(f".{folder.name}{end}") for end in (PARTIAL, OLD))
     try:
         shutil.rmtree(beside, ignore_errors=True)
@@ -33,10 +43,11 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
         if old.exists() and not folder.exists():
             old.rename(folder)
+        if isinstance(error, RunError | UserError):
+            raise
         free = f"{shutil.disk_usage(existing(folder)).free / 1e6:,.0f} MB are free there"
         raise RunError(
-            f"{folder} could not be written: {error}. Earlier checkpoints are intact; {free}. Free space or make it "
-            "writable, then go on with --resume."
+            f"{folder} could not be written: {error}. {otherwise}; {free}. Free space or make it writable, then {then}."
         ) from error
 
 
