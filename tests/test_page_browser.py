@@ -144,6 +144,18 @@ def test_curves_are_drawn_with_a_tooltip_and_a_log_scale(page: Browser) -> None:
     assert page.errors() == []
 
 
+def test_a_smoothed_line_is_a_weighted_mean_to_both_sides(page: Browser) -> None:
+    """The reference is the sum over all places, with the weight 0.8 ** distance; a missing value has no distance."""
+    values = [5.0, None, 3.0, 9.0, None, 1.0, 2.0]
+    there = [value for value in values if value is not None]
+    weights = [[0.8 ** abs(i - j) for j in range(len(there))] for i in range(len(there))]
+    means = iter(sum(w * v for w, v in zip(row, there, strict=True)) / sum(row) for row in weights)
+    expected = [None if value is None else next(means) for value in values]
+    found = page.run(f"smoothed({json.dumps(values)}, 0.8)")
+    assert [value is None for value in found] == [value is None for value in expected]
+    assert [value for value in found if value is not None] == pytest.approx([v for v in expected if v is not None])
+
+
 def test_a_phone_scrolls_the_page_in_one_direction_only(page: Browser) -> None:
     page.protocol("Emulation.setDeviceMetricsOverride", **PHONE)
     assert page.run("innerWidth") == PHONE["width"]

@@ -13,15 +13,21 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-// An exponential moving average that counts the first values as much as they deserve; null stays null.
+// The mean of all values with the weights `weight ** distance`, to both sides, so that it does not lag; null stays null.
 function smoothed(values, weight) {
-  let sum = 0, share = 0;
-  return values.map(value => {
-    if (value === null) return null;
-    sum = weight * sum + (1 - weight) * value;
-    share = weight * share + (1 - weight);
-    return sum / share;
-  });
+  const sums = values.map(() => 0), shares = values.map(() => 0);
+  for (const backwards of [false, true]) {
+    let sum = 0, share = 0;
+    for (let step = 0; step < values.length; step++) {
+      const place = backwards ? values.length - 1 - step : step, value = values[place];
+      if (value === null) continue;
+      [sum, share] = [weight * sum, weight * share];
+      sums[place] += sum + (backwards ? 0 : value);
+      shares[place] += share + (backwards ? 0 : 1);
+      [sum, share] = [sum + value, share + 1];
+    }
+  }
+  return values.map((value, place) => (value === null ? null : sums[place] / shares[place]));
 }
 
 function nearest(values, place) {
@@ -76,7 +82,8 @@ function planned(curve, state, width) {
     data.push(y);
     lines.push({...common, width: smooth ? 1 : 2, alpha: smooth ? 0.55 : 1, points: {show: few && !series.noisy, size: 7}});
     if (!smooth) continue;
-    data.push(smoothed(y, state.weight));
+    const logs = () => smoothed(y.map(value => (value === null ? null : Math.log(value))), state.weight);
+    data.push(state.log ? logs().map(value => (value === null ? null : Math.exp(value))) : smoothed(y, state.weight));
     lines.push({...common, width: 2, points: {show: false}});
   }
   const axis = {stroke: ink("--soft"), grid: {stroke: ink("--faint"), width: 1}, ticks: {stroke: ink("--faint")}};

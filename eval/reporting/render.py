@@ -23,9 +23,10 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri
 
 
 def script_of(*names: str) -> str:
-    """Returns uPlot and the scripts of these names as one text."""
+    """Returns uPlot with its licence, and the scripts of these names, as one text."""
+    licence = (UPLOT / "LICENSE").read_text(encoding="utf-8")
     files = [UPLOT / "uPlot.iife.min.js", *(HERE / name for name in names)]
-    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+    return "\n".join([f"/*\n{licence}*/", *(file.read_text(encoding="utf-8") for file in files)])
 
 
 def style() -> str:
