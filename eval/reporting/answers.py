@@ -66,7 +66,7 @@ def collect_answers(runs: Sequence[Run]) -> Answers:
 def _keys(lines: Iterable[Mapping[str, Any]], by_row: bool) -> Iterable[tuple[Key, Mapping[str, Any]]]:
     """Yields each line with what identifies its question: its text, and its row and turn.
 
-    Lines of older files have no row. Among those, the nth answer of each model to the same text is to the same question.
+    Lines of older files have no row. Among those, the nth answers of all models to the same text belong together.
     """
     seen: Counter[object] = Counter()
     for line in lines:
