@@ -145,6 +145,13 @@ def test_answers_of_several_runs_stand_side_by_side() -> None:
     assert [reply[0] for reply in answers.questions[0]["a"].values()] == ["A", "B"]
 
 
+def test_answers_of_an_older_and_a_new_run_are_paired_by_their_text() -> None:
+    old = [{"model": "tuned", "instruction": text, "answer": "old", "right": True, "reason": ""} for text in "ab"]
+    new = [line | {"row": row, "turn": 1, "answer": "new"} for row, line in enumerate(old)]
+    answers = collect_answers([replace(run("A"), answers=old), replace(run("B"), answers=new[::-1])])
+    assert [(each["q"], len(each["a"])) for each in answers.questions] == [("a", 2), ("b", 2)]
+
+
 @pytest.mark.parametrize(
     ("reason", "kind"),
     [("1 + 2 = 3, not 4", "N + N = N, not N"), ("not '1 + 2'", "not …"), ("prefix missing", "prefix missing")],

@@ -50,8 +50,9 @@ def collect_answers(runs: Sequence[Run]) -> Answers:
     reasons = [kind for kind, _ in kinds.most_common(MOST_REASONS)]
     reasons += [OTHER] if len(kinds) > MOST_REASONS else []
     places = {kind: place for place, kind in enumerate(reasons)}
+    by_row = all(line.get("row") is not None for run in runs for line in run.answers)
     for run in runs:
-        for key, line in _keys(run.answers):
+        for key, line in _keys(run.answers, by_row):
             label = str(line.get("model"))
             model = models.setdefault(label if len(runs) == 1 else f"{run.name}: {label}", len(models))
             question = questions.setdefault(key, {"q": str(line.get("instruction", "")), "e": "", "a": {}})
@@ -62,16 +63,16 @@ def collect_answers(runs: Sequence[Run]) -> Answers:
     return fit(Answers(list(models), reasons, list(questions.values())))
 
 
-def _keys(lines: Iterable[Mapping[str, Any]]) -> Iterable[tuple[Key, Mapping[str, Any]]]:
-    """Yields each line with what identifies its question: row, turn and text or, in older files, its place and text."""
+def _keys(lines: Iterable[Mapping[str, Any]], by_row: bool) -> Iterable[tuple[Key, Mapping[str, Any]]]:
+    """Yields each line with what identifies its question: its text, and its row and turn.
+
+    Lines of older files have no row. Among those, the nth answers of all models to the same text belong together.
+    """
     seen: Counter[object] = Counter()
     for line in lines:
-        text, row = str(line.get("instruction", "")), line.get("row")
-        if row is None:
-            yield ("place", seen[line.get("model")], text), line
-            seen[line.get("model")] += 1
-        else:
-            yield ("row", str(row), str(line.get("turn")), text), line
+        text, model = str(line.get("instruction", "")), line.get("model")
+        seen[model, text] += 1
+        yield (text, str(line["row"]), str(line.get("turn"))) if by_row else (text, seen[model, text]), line
 
 
 def _verdict(line: Mapping[str, Any]) -> tuple[int | None, float | None]:
