@@ -19,6 +19,7 @@ from data.errors import UserError
 from eval.reference import PUBLISHED, PUBLISHED_ANSWERS
 from eval.reporting.charts import Chart, to_csv, to_svg
 from eval.reporting.conclusions import NOT_MEASURED, conclusions, sentences
+from eval.reporting.first_screen import Card
 from eval.reporting.page import ROWS, Page, comparison_page, state
 from eval.reporting.render import to_html, to_markdown
 from eval.reporting.run_files import read_object, reading
@@ -89,13 +90,18 @@ def write_comparison_report(folder: Path) -> None:
     write(folder, page, summary(runs, comparison=comparison, published=published, conclusions=conclusions(runs)))
 
 
-def write_run_report(folders: Sequence[Path], out: Path) -> None:
-    """Draws one report about runs that belong to no comparison. Raises the errors of write_comparison_report."""
+def write_run_report(folders: Sequence[Path], out: Path) -> list[str]:
+    """Draws one report about runs that belong to no comparison, and returns what the first screen says, in lines.
+
+    Raises the errors of write_comparison_report.
+    """
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = [read_run(name, folder) for name, folder in zip(names, folders, strict=True)]
-    write(out, run_page(runs), summary(runs))
+    page = run_page(runs)
+    write(out, page, summary(runs))
+    return [block.told() for block in page.sections["Summary"] if isinstance(block, Card)]
 
 
 @exit_codes()

@@ -188,10 +188,11 @@ def write_results(run_dir: Path, results: Results) -> None:
         # The import stands here because the workers import this file too: matplotlib would add to their peak memory.
         from eval.report import write_run_report
 
-        write_run_report([run_dir], run_dir)
+        summary = write_run_report([run_dir], run_dir)
     except Exception as error:  # the evaluation is written; a missing drawing does not make it fail
         print(f"warning: no report: {error}", flush=True)
     else:
+        print("\n".join(summary))
         print(f"report: {run_dir / 'report.html'}")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from data.errors import UserError
 from eval.report import main, write_comparison_report, write_run_report
@@ -371,8 +372,15 @@ def test_several_runs_share_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("a/run", "b/run"):
         write_run(tmp_path / name, usage())
     monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load((tmp_path / "b/run/recipe.yaml").read_text())
+    recipe["optim"]["lr"] = 0.5
+    (tmp_path / "b/run/recipe.yaml").write_text(yaml.safe_dump(recipe))
     main(["a/run", "b/run", "b/run/"])
     page = page_of(tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"Settings in which the runs differ\*\*\n\n(.*?)\n\n", text, re.DOTALL)
+    assert table.splitlines()[2:] == ["| optim.lr | 0.001 | 0.5 |"]
+    assert text.index("Settings in which") < text.index("Results and costs")
     assert page.row("wall time, s") == ["70.0", "70.0"]
     assert list(summary_of(tmp_path / "report")["runs"]) == ["a/run", "b/run"]
     assert not (tmp_path / "a" / "run" / "report.html").exists()
