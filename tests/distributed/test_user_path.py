@@ -91,7 +91,8 @@ def test_the_commands_of_readme(project: Path) -> None:
 
 def stranger(folder: Path, messages: list[dict[str, str]]) -> str:
     """The answer of the exported model, opened with transformers alone."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     asked: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
