@@ -149,7 +149,7 @@ def merge(
     """Writes the checkpoint's files into `folder` with the adapter in their weights, and says what rounding has lost.
 
     Weights of the checkpoint's main dtype become `dtype`, and those of other types, which it keeps so on purpose, stay.
-    Memory: one file of the checkpoint. Raises UserError for a number that `dtype` cannot hold.
+    Memory: one file as it is read, and one as it is written. Raises UserError for a number that `dtype` cannot hold.
     """
     main = main_dtype(dict(stored))
     by_tensor = defaultdict(list)
