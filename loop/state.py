@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.batch import Window, empty_window, epoch_order, windows
 from loop.batch_arithmetic import BatchArithmetic
+from loop.measure.phases import ACCOUNT
 from loop.model.build import Data
 from loop.recipe import Recipe
 from loop.saving.checkpoint import VALIDATION_ROWS, Checkpoint
@@ -156,6 +157,7 @@ class Interval:
             "train/lr": last.lr,
             "train/grad_norm": last.grad_norm,
             "train/tokens_per_second": self.num_tokens / (time.monotonic() - self.started),
+            **({} if ACCOUNT.peak_bytes is None else {"train/peak_bytes": ACCOUNT.peak_bytes}),  # of this rank, so far
         }
 
 

@@ -117,18 +117,18 @@ def test_what_is_told(tmp_path: Path) -> None:
     follower.poll()
     assert follower.told()["status"] == "waiting: metrics.jsonl has no line yet"
     file = tmp_path / "run" / "metrics.jsonl"
-    file.write_text(lines(1, **{"val/loss": 2.5}) + lines(2, peak_bytes=3e8) + '{"step": 3, "train/loss": NaN}\n')
+    file.write_text(lines(1, **{"val/loss": 2.5}) + lines(2) + '{"step": 3, "train/loss": NaN}\n')
     follower.poll()
     facts = follower.told()["facts"]
     assert facts["training loss"] == "not finite"
     assert facts["last validation"] == "2.5 (step 1)"
-    assert facts["memory"].startswith("not recorded while training")
+    assert facts["memory"] == "not known"
     assert facts["time left"] == "not known yet"
     json.dumps(follower.told(), allow_nan=False)
     with file.open("a") as opened:
-        opened.write(lines(4, peak_bytes=3e8))
+        opened.write(lines(4, **{"train/peak_bytes": 3e8}) + lines(5))
     follower.poll()
-    assert follower.facts()["memory"] == "peak 300 MB"
+    assert follower.facts()["memory"] == "peak of rank 0: 300 MB"
 
 
 @contextmanager

@@ -100,6 +100,7 @@ def test_what_is_not_logged_yet_goes_through_a_checkpoint() -> None:
     again.advance(Window([], label_weight=6, num_tokens=9), result(2.0))
     metrics = again.interval.metrics(result(2.0), accelerator)
     assert (metrics["train/loss"], metrics["train/lr"], metrics["train/grad_norm"]) == (1.0, 0.5, 2.0)
+    assert metrics["train/peak_bytes"] > 10**8, "a process that has imported torch takes more"
     assert again.as_json()["interval"] is None, "a log line has told it"
     fresh = TrainState.begin(saved(again.as_json()), {}, accelerator)
     assert (fresh.interval.nll.item(), fresh.interval.label_weight) == (0.0, 0)

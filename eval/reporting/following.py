@@ -182,10 +182,5 @@ class Follower:
         return "none yet"
 
     def _memory(self) -> str:
-        sizes = {
-            key: value
-            for key, value in self.lines[-1].items()
-            if key.endswith("_bytes") and isinstance(value, int | float)
-        }
-        said = [f"{key.removesuffix('_bytes')} {value / 1e6:,.0f} MB" for key, value in sizes.items()]
-        return ", ".join(said) or "not recorded while training; usage.json has it at the end"
+        peaks = [size for line in self.lines if isinstance(size := line.get("train/peak_bytes"), int | float)]
+        return f"peak of rank 0: {peaks[-1] / 1e6:,.0f} MB" if peaks else "not known"

@@ -83,6 +83,11 @@ class Account:
         """The cost of the phase under way."""
         return self.costs.setdefault(self.phase, Cost())
 
+    @property
+    def peak_bytes(self) -> int | None:
+        """The peak memory of this process in all phases that have ended; None where the system does not tell."""
+        return max((cost.peak_bytes for cost in self.costs.values() if cost.peak_bytes is not None), default=None)
+
     def settle(self, wait: bool = False) -> None:
         """Adds the seconds that the GPU has measured so far to the costs; with `wait` those of all phases."""
         under_way = []

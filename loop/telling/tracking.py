@@ -174,7 +174,10 @@ class Tracking:
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows the metrics beside the bar in a terminal, and as a line elsewhere."""
         assert self.bar is not None
-        short = {key.removeprefix("train/"): f"{value:.4g}" for key, value in metrics.items()}
+        short = {
+            key.removeprefix("train/"): f"{value / 1e6:,.0f} MB" if key.endswith("_bytes") else f"{value:.4g}"
+            for key, value in metrics.items()
+        }
         if not self.bar.disable:
             self.bar.set_postfix(short, refresh=False)
             return

@@ -77,8 +77,9 @@ def start(
 
 
 def without_clock(run: Run) -> list[dict[str, float]]:
-    """The run's metrics without what depends on the time."""
-    return [{key: value for key, value in line.items() if key != "train/tokens_per_second"} for line in run.metrics]
+    """The run's metrics without what depends on the time or on the memory of a process."""
+    other = ("train/tokens_per_second", "train/peak_bytes")
+    return [{key: value for key, value in line.items() if key not in other} for line in run.metrics]
 
 
 def children(pid: int) -> list[int]:

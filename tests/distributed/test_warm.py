@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launching import CONFIGS, DEBUG, ROOT, Run, children, launch, start
+from tests.distributed.launching import CONFIGS, DEBUG, ROOT, Run, children, launch, start, without_clock
 from tests.warm import clean_environment, popen
 
 WORKER = ROOT / "tests" / "distributed" / "environment_worker.py"
@@ -66,7 +66,7 @@ def what_stays(run: Run) -> dict[str, Any]:
         {phase: cost["collectives"] for phase, cost in rank["phases"].items() if cost["collectives"]}
         for rank in usage["ranks"]
     ]
-    metrics = [{key: value for key, value in line.items() if "second" not in key} for line in run.metrics]
+    metrics = without_clock(run)
     tensors = {
         str(file.relative_to(run.folder)): file.read_bytes() for file in sorted(run.folder.rglob("*.safetensors"))
     }
