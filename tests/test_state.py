@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from data.batch import Window, epoch_order
 from data.examples import Example
 from loop.batch_arithmetic import BatchArithmetic
+from loop.measure.phases import measured
 from loop.model.build import Data
 from loop.recipe import DEFAULT_RECIPE, parse_recipe
 from loop.saving.checkpoint import VALIDATION_ROWS, Checkpoint
@@ -98,6 +99,8 @@ def test_what_is_not_logged_yet_goes_through_a_checkpoint() -> None:
     again = TrainState.begin(saved(contents), contents["run"], accelerator)
     assert again.as_json() == contents
     again.advance(Window([], label_weight=6, num_tokens=9), result(2.0))
+    with measured("forward"):
+        pass
     metrics = again.interval.metrics(result(2.0), accelerator)
     assert (metrics["train/loss"], metrics["train/lr"], metrics["train/grad_norm"]) == (1.0, 0.5, 2.0)
     assert metrics["train/peak_bytes"] > 10**8, "a process that has imported torch takes more"
