@@ -182,7 +182,7 @@ def test_dry_run_shows_rows_masks_and_configuration(
     assert "1311=<|im_end|>" in first.split("learned")[0]
     assert "王大丫丫的回答是--->370 + 941<|im_end|>" in first.split("learned")[1]
     assert '"stage": 3' in page
-    assert "lr: 0.003" in page
+    assert "lr: 0.0005" in page
     assert list(tmp_path.iterdir()) == [], "it starts nothing and writes nothing"
 
 
