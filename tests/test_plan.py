@@ -165,7 +165,7 @@ def test_max_steps_are_the_steps_of_the_plan(capsys: pytest.CaptureFixture[str])
     assert [estimate["steps"] for estimate in result["estimates"]] == [60]
     step, rate = result["learning_rates"][-1]
     warmup = math.ceil(0.03 * 60)
-    assert (step, rate) == (60, pytest.approx(1.5e-3 * (1 + math.cos(math.pi * (59 - warmup) / (60 - warmup)))))
+    assert (step, rate) == (60, pytest.approx(2.5e-4 * (1 + math.cos(math.pi * (59 - warmup) / (60 - warmup)))))
     longer = planned([*one, "--max_steps", "1000"], capsys)
     assert [estimate["steps"] for estimate in longer["estimates"]] == [5 * 57]
     assert "max_steps is 1000, but there are only 285 steps." in longer["notes"]

@@ -48,4 +48,4 @@ def test_fewer_prompts_than_processes(run: Path, tmp_path: Path) -> None:
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     done = start([*launch_command(CONFIGS / "zero3.yaml"), "--module", "eval.run", "--run", "nowhere"], tmp_path)
     assert done.code != 0
-    assert done.output.count("error: --run nowhere: no recipe.yaml in there") == 1
+    assert done.output.count("error: nowhere: no recipe.yaml in there") == 1
