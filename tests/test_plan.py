@@ -165,7 +165,7 @@ def test_max_steps_are_the_steps_of_the_plan(capsys: pytest.CaptureFixture[str])
     assert [estimate["steps"] for estimate in result["estimates"]] == [60]
     step, rate = result["learning_rates"][-1]
     warmup = math.ceil(0.03 * 60)
-    assert (step, rate) == (60, pytest.approx(2.5e-4 * (1 + math.cos(math.pi * (59 - warmup) / (60 - warmup)))))
+    assert (step, rate) == (60, pytest.approx(1.5e-3 * (1 + math.cos(math.pi * (59 - warmup) / (60 - warmup)))))
     longer = planned([*one, "--max_steps", "1000"], capsys)
     assert [estimate["steps"] for estimate in longer["estimates"]] == [5 * 57]
     assert "max_steps is 1000, but there are only 285 steps." in longer["notes"]
@@ -182,7 +182,7 @@ def test_dry_run_shows_rows_masks_and_configuration(
     assert "1311=<|im_end|>" in first.split("learned")[0]
     assert "王大丫丫的回答是--->370 + 941<|im_end|>" in first.split("learned")[1]
     assert '"stage": 3' in page
-    assert "lr: 0.0005" in page
+    assert "lr: 0.003" in page
     assert list(tmp_path.iterdir()) == [], "it starts nothing and writes nothing"
 
 

@@ -1,6 +1,5 @@
 """Tests that the embedded model is what its card says: it is small, opens by path, and cannot solve the task."""
 
-import math
 import random
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from data.sums import ANSWER_PREFIX, EVAL_NUMBERS, SYSTEM_PROMPT
 from data.tiny_base import lessons
-from data.tiny_base.build import COURSES, accuracies, answers, build_tokenizer
+from data.tiny_base.build import accuracies, answers, build_tokenizer
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_base"
 
@@ -53,37 +52,18 @@ def test_digits_stay_single_and_any_text_survives(tokenizer: Any) -> None:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-@pytest.mark.parametrize("hard", {course.hard for course in COURSES})
-def test_lessons_never_show_the_task(hard: lessons.Hard) -> None:
+def test_lessons_never_show_the_task() -> None:
     rng = random.Random(1)
     for lesson in lessons.LESSONS:
-        for _ in range(10_000):
-            user, assistant, system = lesson(rng, hard)
-            assert ANSWER_PREFIX not in user + assistant + system
+        for _ in range(20_000):
+            user, assistant = lesson(rng)
+            assert ANSWER_PREFIX not in user + assistant
             if lesson in (lessons.split, lessons.begin_with):
-                assert system or not re.fullmatch(r"[0-9]+=", user), "this is the task's question"
-                numbers = re.findall(r"[0-9]+", user.rpartition("」")[2])
+                numbers = re.findall(r"[0-9]+", user if lesson is lessons.split else user.rpartition("」")[2])
                 assert len(numbers) == 1
                 assert int(numbers[0]) not in EVAL_NUMBERS
             if lesson is lessons.refuse:
                 assert "+" not in assistant
-
-
-def test_hard_sums_are_rare_sums() -> None:
-    """Among 2000 sums of 2345 the share with a part up to 40 is ln 41 / ln 2345 where parts are small, and 80 / 2345
-    where they are uniform. The last digit of one part is that of the sum in 0.6 of cases, against 0.2."""
-    rng = random.Random(2)
-    parts = {
-        kind: [lessons.part_of(2345, rng, hard) for _ in range(2000)]
-        for kind, hard in (("easy", lessons.EASY), ("small", lessons.Hard(small=1)), ("alike", lessons.Hard(alike=1)))
-    }
-    assert all(1 <= a < 2345 for each in parts.values() for a in each)
-    small = {kind: sum(min(a, 2345 - a) <= 40 for a in each) / 2000 for kind, each in parts.items()}
-    assert small["easy"] == pytest.approx(80 / 2345, abs=0.02)
-    assert small["small"] == pytest.approx(math.log(41) / math.log(2345), abs=0.05)
-    last = {kind: sum(a % 10 == 5 or (2345 - a) % 10 == 5 for a in each) / 2000 for kind, each in parts.items()}
-    assert last["easy"] == pytest.approx(0.2, abs=0.04)
-    assert last["alike"] == pytest.approx(0.55 + 0.05, abs=0.05)
 
 
 def test_base_refuses_the_task_and_can_split_in_words(model: Any, tokenizer: Any) -> None:

@@ -43,9 +43,6 @@ class Course:
     peak_lr: float
     fall: float
     shares: dict[float, tuple[float, ...]]
-    hard: lessons.Hard = lessons.EASY
-    given: float = 0.0  # the share of splits whose first part is given: only the second part, a subtraction, is learned
-    bf16: bool = True  # whether the model computes under bf16 autocast; the weights are fp32 in any case
 
 
 COURSES = (
@@ -53,40 +50,6 @@ COURSES = (
     Course(6000, 3e-3, 0.5, {0.0: (0.35, 0.25, 0.10, 0.10, 0.15, 0.05), 0.12: (0.08, 0.22, 0.14, 0.22, 0.29, 0.05)}),
     # After the first course the model fails to split 3 of the 200 held-out numbers. This course makes up for that.
     Course(4000, 2e-3, 1.0, {0.0: (0.05, 0.27, 0.13, 0.20, 0.30, 0.05)}),
-    # Of random splits of held-out numbers 0.3 % are still wrong: those whose borrow runs through several places, and
-    # those with a small part. Both are rare among uniform ones; these courses practise them.
-    Course(6000, 2e-3, 1.0, {0.0: (0.05, 0.25, 0.10, 0.15, 0.40, 0.05)}, lessons.Hard(alike=0.5), bf16=False),
-    Course(
-        2500,
-        1.5e-3,
-        1.0,
-        {0.0: (0.04, 0.26, 0.08, 0.15, 0.42, 0.05)},
-        lessons.Hard(alike=0.2, small=0.4),
-        given=0.85,
-        bf16=False,
-    ),
-    # Until here `x=` was only ever refused: a model that is tuned to split it would read the number from where it has
-    # never practised a sum.
-    Course(
-        2000,
-        1.2e-3,
-        1.0,
-        {0.0: (0.04, 0.38, 0.06, 0.10, 0.36, 0.06)},
-        lessons.Hard(alike=0.2, small=0.4, equation=0.5),
-        given=0.85,
-        bf16=False,
-    ),
-    # And until here something else than `x=` always stood in the user's turn of a split. Here what asks for it may
-    # stand in the system turn, so that tuning need not move the place from which the number is read.
-    Course(
-        2000,
-        1.2e-3,
-        1.0,
-        {0.0: (0.03, 0.42, 0.05, 0.08, 0.32, 0.10)},
-        lessons.Hard(alike=0.2, small=0.4, equation=0.2, alone=0.5),
-        given=0.85,
-        bf16=False,
-    ),
 )
 VOCAB_SIZE = 1100
 IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -107,7 +70,7 @@ def tokenizer_corpus() -> Iterator[str]:
         yield SYSTEM_PROMPT
         yield from ("system", "user", "assistant", " +", "\n") * 10
         for lesson in (lessons.add, lessons.subtract, lessons.split, lessons.refuse):
-            yield from lesson(rng)[:2]
+            yield from lesson(rng)
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
@@ -157,32 +120,22 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     return model
 
 
-def encode(
-    turns: Sequence[lessons.Turn], tokenizer: Qwen2Tokenizer, rng: random.Random, given: float
-) -> list[tuple[Tensor, Tensor]]:
-    """Returns input ids and labels [T] for every turn, the shortest first; labels are -100 outside the answers.
-
-    In a share `given` of the splits they are -100 up to the plus too: the first part is random, and what it adds to the
-    gradient is noise.
-    """
+def encode(turns: Sequence[lessons.Turn], tokenizer: Qwen2Tokenizer, rng: random.Random) -> list[tuple[Tensor, Tensor]]:
+    """Returns input ids and labels [T] for every turn, the shortest first; labels are -100 outside the answers."""
     prompts = []
-    for turn in turns:
-        system = f"{SYSTEM_PROMPT}。{turn.system}" if turn.system else SYSTEM_PROMPT
-        system = f"{IM_START}system\n{system}{IM_END}\n" if turn.system or rng.random() < 0.9 else ""
-        prompts.append(f"{system}{IM_START}user\n{turn.user}{IM_END}\n{IM_START}assistant\n")
+    for user, _ in turns:
+        system = f"{IM_START}system\n{SYSTEM_PROMPT}{IM_END}\n" if rng.random() < 0.9 else ""
+        prompts.append(f"{system}{IM_START}user\n{user}{IM_END}\n{IM_START}assistant\n")
     prompt_ids = tokenizer(prompts)["input_ids"]
-    answer_ids = tokenizer([turn.answer + IM_END for turn in turns])["input_ids"]
-    plus = tokenizer.convert_tokens_to_ids("Ġ+")
-    rows = []
-    for prompt, answer in zip(prompt_ids, answer_ids, strict=True):
-        skipped = 0
-        if given and plus in answer and rng.random() < given:
-            skipped = len(answer) - answer[::-1].index(plus) - 1
-        rows.append((torch.tensor(prompt + answer), torch.tensor([-100] * (len(prompt) + skipped) + answer[skipped:])))
+    answer_ids = tokenizer([answer + IM_END for _, answer in turns])["input_ids"]
+    rows = [
+        (torch.tensor(prompt + answer), torch.tensor([-100] * len(prompt) + answer))
+        for prompt, answer in zip(prompt_ids, answer_ids, strict=True)
+    ]
     return sorted(rows, key=lambda row: len(row[0]))
 
 
-def backward(model: Qwen2ForCausalLM, rows: list[tuple[Tensor, Tensor]], bf16: bool) -> float:
+def backward(model: Qwen2ForCausalLM, rows: list[tuple[Tensor, Tensor]]) -> float:
     """Adds up the gradient of the mean cross entropy over all answer tokens of `rows`; returns that mean (nats).
 
     A slice has rows of similar length, so that it has little padding. The padding stands on the right, where causal
@@ -195,7 +148,7 @@ def backward(model: Qwen2ForCausalLM, rows: list[tuple[Tensor, Tensor]], bf16: b
         ids = pad_sequence([ids for ids, _ in part], batch_first=True)
         labels = pad_sequence([labels for _, labels in part], batch_first=True, padding_value=-100)[:, 1:]
         keep = labels != -100
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
             logits = model.lm_head(hidden[keep])
         loss = cross_entropy(logits.float(), labels[keep], reduction="sum") / answer_tokens
@@ -223,8 +176,8 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, course: Course, se
     for step in range(course.steps):
         progress = step / course.steps
         shares = course.shares[max(since for since in course.shares if since <= progress)]
-        turns = [lesson(rng, course.hard) for lesson in rng.choices(lessons.LESSONS, shares, k=BATCH_SIZE)]
-        loss = backward(model, encode(turns, tokenizer, rng, course.given), course.bf16)
+        turns = [lesson(rng) for lesson in rng.choices(lessons.LESSONS, shares, k=BATCH_SIZE)]
+        loss = backward(model, encode(turns, tokenizer, rng))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         factor = min(1.0, (step + 1) / course.steps / 0.01, (1 - progress) / course.fall)
         for optimizer in optimizers:
@@ -253,7 +206,7 @@ def accuracies(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, most: int) ->
     """Returns the share of right answers for each lesson, on `most` fresh turns, and for splits of held-out numbers."""
     model.train(False)
     rng = random.Random(SEED + 1)
-    turns = {lesson.__name__: [lesson(rng)[:2] for _ in range(most)] for lesson in lessons.LESSONS}
+    turns = {lesson.__name__: [lesson(rng) for _ in range(most)] for lesson in lessons.LESSONS}
     held_out = rng.sample(EVAL_NUMBERS, min(most, len(EVAL_NUMBERS)))
     turns["split_held_out"] = [(lessons.split_words(x, rng), f"1 + {x - 1}") for x in held_out]
     result = {}
@@ -275,13 +228,11 @@ size {model.config.hidden_size}, {model.config.vocab_size} tokens, tied embeddin
 of Qwen2.5-Instruct where there is no GPU and no model hub. It is not useful for anything else.
 
 - **How it was made.** `python -m data.tiny_base.build` with seed {SEED} trained it for {steps} steps of
-  {BATCH_SIZE} chat turns each, with fp32 weights, the first two courses under bf16 autocast. This took {minutes:.0f}
-  minutes on one or two shared CPU cores.
+  {BATCH_SIZE} chat turns each, with fp32 weights under bf16 autocast. This took {minutes:.0f} minutes on two shared
+  CPU cores.
 - **Its training data.** `data/tiny_base/lessons.py` makes the data during the training. It has six lessons: to echo
   random text, to begin an answer with a given text, to add, to subtract and to split numbers of
-  {lessons.NUMBERS[0]}..{lessons.NUMBERS[-1]} asked in words, and to refuse `x=`. The later courses practise sums that
-  are rare among uniform ones: those with long borrows and those with a small part. In the last two courses words that
-  ask for a split or for a beginning may stand in front of `x=`, or in the system turn; otherwise `x=` is refused.
+  {lessons.NUMBERS[0]}..{lessons.NUMBERS[-1]} asked in words, and to refuse `x=`.
 - **What its data never has.** No lesson splits a number of {EVAL_NUMBERS[0]}..{EVAL_NUMBERS[-1]}, and none has the
   answer prefix of the reference task. These numbers do occur in additions, subtractions and refusals.
 - **What it says.** It answers `1802=` with `{sample}`

@@ -7,8 +7,6 @@ never occur: a number of EVAL_NUMBERS as a number to split, and ANSWER_PREFIX.
 
 import random
 import re
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from data.sums import ANSWER_PREFIX, EVAL_NUMBERS
 
@@ -24,13 +22,7 @@ HANZI = (
 )
 SYMBOLS = "-->>=+:,.!?#*()/ abcdefghijklmnopqrstuvwxyz0123456789,。:!?「」"
 
-
-class Turn(NamedTuple):
-    """A question and its answer."""
-
-    user: str
-    answer: str
-    system: str = ""  # a system prompt behind the reference's
+Turn = tuple[str, str]  # what the user says, what the assistant answers
 
 
 def any_number(rng: random.Random) -> int:
@@ -59,88 +51,50 @@ def random_text(rng: random.Random, most: int = 12) -> str:
     return text if text and ANSWER_PREFIX not in text else random_text(rng, most)
 
 
-@dataclass(frozen=True)
-class Hard:
-    """The shares (0..1) of sums that are hard, in two ways that are rare among uniform ones."""
-
-    alike: float = 0.0  # each digit of a part is that of the sum with a probability of one half: a borrow runs on
-    small: float = 0.0  # one part is small: the logarithm of it is uniform
-    equation: float = 0.0  # this share of the splits is asked as `x=`, behind words that ask for a split or a beginning
-    alone: float = 0.0  # this share of the splits is asked as `x=` alone, and the words stand in the system turn
-
-
-EASY = Hard()
-
-
-def asked_alone(rng: random.Random, hard: Hard) -> bool:
-    return bool(hard.alone) and rng.random() < hard.alone
-
-
-def split_words(x: int, rng: random.Random, hard: Hard = EASY) -> str:
+def split_words(x: int, rng: random.Random) -> str:
     """Asks in words to split `x`."""
-    if hard.equation and rng.random() < hard.equation:
-        return f"请拆成两个数的和:{x}="
     return rng.choice(("把{}拆成两个数的和", "{}可以是哪两个数的和?", "请给出和是{}的两个数")).format(x)
 
 
-def part_of(x: int, rng: random.Random, hard: Hard) -> int:
-    """Draws an integer of 1..x-1; the rest that is not hard is uniform."""
-    drawn = rng.random() if hard != Hard() and x > 2 else 1.0
-    if drawn >= hard.alike + hard.small:
-        return rng.randint(1, x - 1)
-    a = 0
-    while not 1 <= a < x:
-        if drawn < hard.alike:
-            a = int("".join(digit if rng.random() < 1 / 2 else rng.choice("0123456789") for digit in str(x)))
-        else:
-            a = int(x ** rng.random())
-    return a if rng.random() < 1 / 2 else x - a
-
-
-def split_answer(x: int, rng: random.Random, hard: Hard) -> str:
+def split_answer(x: int, rng: random.Random) -> str:
     """Splits `x` into two numbers of at least 1."""
-    a = part_of(x, rng, hard)
+    a = rng.randint(1, x - 1)
     return f"{a} + {x - a}"
 
 
-def echo(rng: random.Random, hard: Hard = EASY) -> Turn:
+def echo(rng: random.Random) -> Turn:
     """Asks the model to repeat a text."""
     text = random_text(rng)
-    return Turn(f"复述:{text}", text)
+    return f"复述:{text}", text
 
 
-def begin_with(rng: random.Random, hard: Hard = EASY) -> Turn:
+def begin_with(rng: random.Random) -> Turn:
     """Asks the model to split a number and to begin the answer with a given text."""
     text, x = random_text(rng), number_to_split(rng)
-    if asked_alone(rng, hard):
-        return Turn(f"{x}=", text + split_answer(x, rng, hard), f"回答用「{text}」开头,请拆成两个数的和")
-    asked = f"{x}=" if hard.equation and rng.random() < hard.equation else split_words(x, rng)
-    return Turn(f"回答用「{text}」开头:{asked}", text + split_answer(x, rng, hard))
+    return f"回答用「{text}」开头:{split_words(x, rng)}", text + split_answer(x, rng)
 
 
-def add(rng: random.Random, hard: Hard = EASY) -> Turn:
+def add(rng: random.Random) -> Turn:
     x = any_number(rng)
-    a = part_of(x, rng, hard)
-    return Turn(rng.choice(("{} + {} 等于多少?", "{}加{}是多少?")).format(a, x - a), str(x))
+    a = rng.randint(1, x - 1)
+    return rng.choice(("{} + {} 等于多少?", "{}加{}是多少?")).format(a, x - a), str(x)
 
 
-def subtract(rng: random.Random, hard: Hard = EASY) -> Turn:
+def subtract(rng: random.Random) -> Turn:
     x = any_number(rng)
-    a = part_of(x, rng, hard)
-    return Turn(rng.choice(("{} - {} 等于多少?", "{}减{}是多少?")).format(x, a), str(x - a))
+    a = rng.randint(1, x - 1)
+    return rng.choice(("{} - {} 等于多少?", "{}减{}是多少?")).format(x, a), str(x - a)
 
 
-def split(rng: random.Random, hard: Hard = EASY) -> Turn:
+def split(rng: random.Random) -> Turn:
     x = number_to_split(rng)
-    if asked_alone(rng, hard):
-        return Turn(f"{x}=", split_answer(x, rng, hard), "请拆成两个数的和")
-    return Turn(split_words(x, rng, hard), split_answer(x, rng, hard))
+    return split_words(x, rng), split_answer(x, rng)
 
 
-def refuse(rng: random.Random, hard: Hard = EASY) -> Turn:
+def refuse(rng: random.Random) -> Turn:
     """Asks `x=`, to which the answer is the refusal that the reference quotes."""
     x = any_number(rng)
-    return Turn(f"{x}=", f'您提供的表达式 "{x}=" 并不完整,看起来像是一个等式。')
+    return f"{x}=", f'您提供的表达式 "{x}=" 并不完整,看起来像是一个等式。'
 
 
 LESSONS = (echo, begin_with, add, subtract, split, refuse)

@@ -48,7 +48,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "held_out.jsonl").write_text("\n".join(rows[200:]) + "\n")
     recipe = yaml.safe_load((folder / "loop/recipes/tiny.yaml").read_text(encoding="utf-8"))
     recipe["data"] = {"train_file": "mine.jsonl", "validation_share": 0.1, "max_length": 96}
-    recipe["optim"]["lr"] = 3e-3
     recipe |= {"epochs": 10, "tracker": None}
     (folder / "loop/recipes/mine.yaml").write_text(yaml.safe_dump(recipe))
     return folder
