@@ -8,10 +8,8 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -24,6 +22,7 @@ from eval.reporting.watch import make_server
 from loop.model.build import build_lr_scheduler
 from loop.recipe import parse_recipe
 from tests.distributed.launching import ROOT
+from tests.serving import serving
 
 
 @pytest.mark.parametrize(("total", "ratio"), [(285, 0.03), (285, 0.0), (7, 0.5), (57, 0.1), (2000, 0.03)])
@@ -131,17 +130,8 @@ def test_what_is_told(tmp_path: Path) -> None:
     assert follower.facts()["memory"] == "peak of rank 0: 300 MB"
 
 
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    server = make_server(folder, 0)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+def served(folder: Path) -> AbstractContextManager[str]:
+    return serving(make_server(folder, 0))
 
 
 def get(url: str, **headers: str) -> bytes:

@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 from data.sums import SYSTEM_PROMPT
 from eval.serve_check import NEEDED, chat, main
 from loop.recipe import ROOT
+from tests.serving import serving
 from tests.test_export import LINEAR, write_run
 
 asked: list[dict[str, Any]] = []
@@ -34,17 +33,8 @@ class StandIn(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def stand_in(folder: Path, log: Path) -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), StandIn)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+def stand_in(folder: Path, log: Path) -> AbstractContextManager[str]:
+    return serving(HTTPServer(("127.0.0.1", 0), StandIn))
 
 
 @pytest.fixture
