@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from data.chat import prompt_ids
 from data.conversation import Row
 from data.errors import UserError
 from data.examples import Example
 from data.rows import read_rows
+from data.template import ChatTemplate
 from eval.answers.ask import Question
 from eval.answers.settings import Settings
 from eval.judging.judges import Judge, build_judge
@@ -50,9 +52,12 @@ def examination(args: argparse.Namespace) -> Examination:
     if args.system is not None:
         rows = [replace(row, turns=tuple(turn for turn in row.turns if turn.role != "system")) for row in rows]
     warnings = check_rows(rows, judges, ", ".join(names))
-    settings = _settings(args, recipe, rows)
+    tokenizer = build_tokenizer(recipe)
+    settings = _settings(args, recipe, rows, tokenizer)
     adapted = check_model(recipe)  # a bad recipe fails here rather than in a worker
-    warnings += _check_prompts(adapted.get_base_model(), rows, recipe, settings.max_new_tokens)
+    warnings += _check_prompts(
+        adapted.get_base_model(), rows, build_template(recipe, tokenizer), settings.max_new_tokens
+    )
     adapters = _adapters(args, recipe, adapted)
     choosing = bool(args.checkpoints) and recipe.choose_by == "judge" and bool(judges)
     if choosing:
@@ -136,21 +141,22 @@ def asked_rows(rows: Sequence[Row], name: str) -> list[Row]:
     return found
 
 
-def _settings(args: argparse.Namespace, recipe: Recipe, rows: Sequence[Row]) -> Settings:
+def _settings(
+    args: argparse.Namespace, recipe: Recipe, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
+) -> Settings:
     """Returns how the answers are generated. An answer may be twice as long as the longest of the rows' own."""
     most = args.max_new_tokens or recipe.eval.max_new_tokens
     if most is None:
         texts = [f"{row.turns[-1].reasoning if row.turns else ''}{own_answer(row)}" for row in rows]
-        most = max(FEWEST, *(2 * len(ids) for ids in build_tokenizer(recipe)(texts)["input_ids"]))
+        most = max(FEWEST, *(2 * len(ids) for ids in tokenizer(texts)["input_ids"]))
     return Settings(most, args.temperature, args.top_p, args.top_k, args.seed, args.samples, tuple(args.stop))
 
 
-def _check_prompts(base: Any, rows: Sequence[Row], recipe: Recipe, max_new_tokens: int) -> list[str]:
+def _check_prompts(base: Any, rows: Sequence[Row], template: ChatTemplate, max_new_tokens: int) -> list[str]:
     """Returns a warning where a prompt with its answer may be too long for the model.
 
     Raises UserError where it is, or where a prompt has a token that the model does not know.
     """
-    template = build_template(recipe, build_tokenizer(recipe))
     prompts = [prompt_ids(row, template) for row in rows]
     # The first token stands for each of the answer's.
     examples = [Example.of(row.number, ids, ids[:1] * max_new_tokens) for row, ids in zip(rows, prompts, strict=True)]

@@ -291,17 +291,21 @@ def _times_are_positive(files: str | list[str] | dict[str, int]) -> bool:
 
 
 def _is_judge(name: str) -> bool:
-    return name.partition(":")[0] in JUDGES or name.rpartition(":")[0].endswith(".py")
+    return name.partition(":")[0] in JUDGES or judge_file(name) is not None
+
+
+def judge_file(name: str) -> str | None:
+    """The file of a judge FILE.py:FUNCTION; None for one of JUDGES."""
+    file = name.rpartition(":")[0]
+    return file if name.partition(":")[0] not in JUDGES and file.endswith(".py") else None
 
 
 def check_examination(recipe: Recipe) -> None:
     """Raises UserError where a file is missing that the evaluation will need: better now than after the training."""
     files = [("eval.data", recipe.eval.data)] if recipe.eval.data else []
-    files += [
-        ("eval.judge", judge.rpartition(":")[0]) for judge in recipe.eval.judge if judge.partition(":")[0] not in JUDGES
-    ]
+    files += [("eval.judge", file) for judge in recipe.eval.judge if (file := judge_file(judge))]
     for key, file in files:
-        if file and not file.startswith(HUB) and not os.path.exists(find_path(file)):
+        if not file.startswith(HUB) and not os.path.exists(find_path(file)):
             raise UserError(f"{key}: there is no file {file}. Correct the path, or leave the key out.")
 
 

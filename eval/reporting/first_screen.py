@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eval.judging.statistics import Interval
+from eval.judging.statistics import LEVEL, Interval
 from eval.reporting.evaluation import Difference, Evaluation
 from eval.reporting.run_summary import Run, measured
 from eval.reporting.warning_signs import points
 
-CERTAIN = 0.05  # a difference with a smaller p-value, or an interval without 0, is not taken for chance
 VERDICTS = {"good": "Yes.", "bad": "No, it got worse.", "plain": "Not clearly: the difference may be chance."}
 AT_WORK = ("forward", "backward", "update")
 
@@ -94,7 +93,7 @@ def _direction(found: Evaluation, before: float, after: float) -> int:
     if compared is not None and compared.interval is not None:
         return int(compared.interval[0] > 0) - int(compared.interval[1] < 0)
     if compared is not None and compared.p_value is not None and compared.difference is not None:
-        return (compared.p_value < CERTAIN) * (1 if compared.difference > 0 else -1)
+        return (compared.p_value < LEVEL) * (1 if compared.difference > 0 else -1)
     low, high = found.intervals.get("base", (before, before)), found.intervals.get("tuned", (after, after))
     return int(high[0] > low[1]) - int(high[1] < low[0])  # intervals that do not overlap
 

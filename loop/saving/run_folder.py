@@ -19,7 +19,7 @@ from data.errors import UserError
 from data.files import HUB
 from loop.engine.accelerator import on_main_process
 from loop.model.build import Data
-from loop.recipe import Recipe, absolute, data_files, recipe_as_dict
+from loop.recipe import Recipe, absolute, data_files, judge_file, recipe_as_dict
 from loop.saving.checkpoint import Checkpoint, clear_up
 from loop.saving.content import INPUTS
 
@@ -113,8 +113,8 @@ def _anywhere(file: str) -> str:
 
 
 def _judge_anywhere(judge: str) -> str:
-    file, colon, function = judge.rpartition(":")
-    return f"{absolute(file)}{colon}{function}" if file.endswith(".py") else judge
+    file = judge_file(judge)
+    return f"{absolute(file)}{judge.removeprefix(file)}" if file else judge
 
 
 def _as_given(given: str | list[str], paths: list[str]) -> str | list[str]:
